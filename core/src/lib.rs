@@ -1,0 +1,10 @@
+//! The pure state machine of Pelton. It is handed the time, what arrived and what became durable, and answers with
+//! what is to be written and sent; it owns no clock, no file, no socket and no randomness.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod error;
+pub mod id;
+pub mod limits;

@@ -1,0 +1,113 @@
+//! Every bound of Pelton in one place, asserted against each other where they depend on each other. A bound that is
+//! reached answers with a typed refusal; nothing waits without one.
+
+/// Parts of the id space. Part of the log's format.
+pub const CELL_COUNT: u16 = 4096;
+/// Shards that one process can run.
+pub const SHARD_COUNT_MAX: usize = 256;
+/// Edge threads that one process can run.
+pub const EDGE_COUNT_MAX: usize = 256;
+
+/// Bytes of a given name: tenant, function, `task_id`, ordering key.
+pub const NAME_BYTES_MAX: usize = 128;
+/// Tags of one task.
+pub const TAG_COUNT_MAX: usize = 8;
+/// Bytes of one tag, `name=value` or a bare word.
+pub const TAG_BYTES_MAX: usize = 128;
+/// Bytes of a content type.
+pub const CONTENT_TYPE_BYTES_MAX: usize = 128;
+/// Bytes of a W3C `traceparent`: version, trace id, parent id and flags as hex with dashes.
+pub const TRACEPARENT_BYTES: usize = 55;
+
+/// Default bound of a payload and of a result; configurable up to `PAYLOAD_BYTES_LIMIT`.
+pub const PAYLOAD_BYTES_DEFAULT: usize = 1 << 20;
+/// What `payload_bytes_max` may be set to at most.
+pub const PAYLOAD_BYTES_LIMIT: usize = 1 << 20;
+/// Bytes of an error message kept with an attempt; longer ones are cut.
+pub const ERROR_BYTES_MAX: usize = 4096;
+/// Bytes of an executor's captured output kept with an attempt; the tail of longer ones is kept.
+pub const OUTPUT_BYTES_MAX: usize = 8192;
+
+/// What a frame may hold beyond the payload limit.
+pub const FRAME_OVERHEAD_BYTES: usize = 64 << 10;
+/// Bytes of one frame on the wire.
+pub const FRAME_BYTES_MAX: usize = PAYLOAD_BYTES_LIMIT + FRAME_OVERHEAD_BYTES;
+/// Bytes of a frame that is not a submit, an execute or an outcome.
+pub const CONTROL_FRAME_BYTES_MAX: usize = 64 << 10;
+/// Tasks in one submit frame.
+pub const SUBMIT_TASKS_MAX: usize = 4096;
+/// Outcomes in one outcome frame.
+pub const OUTCOMES_MAX: usize = 4096;
+
+/// Bytes of a record in the log, its metadata included.
+pub const RECORD_BYTES_MAX: usize = PAYLOAD_BYTES_LIMIT + FRAME_OVERHEAD_BYTES;
+/// A record beyond this is large: at most one in a batch, and every second batch without.
+pub const RECORD_BYTES_LARGE: usize = 64 << 10;
+/// Once a batch holds this many bytes it takes no further submits while another one is in flight.
+pub const BATCH_BYTES_SEAL: usize = 256 << 10;
+/// Bytes of a log batch's buffer, header included.
+pub const BATCH_BYTES_MAX: usize = 2 << 20;
+/// The smallest segment.
+pub const SEGMENT_BYTES_MIN: usize = 4 << 20;
+/// The default segment.
+pub const SEGMENT_BYTES_DEFAULT: usize = 64 << 20;
+/// The largest segment.
+pub const SEGMENT_BYTES_MAX: usize = 256 << 20;
+
+/// Most retries that a function may ask for.
+pub const RETRIES_MAX: u8 = 8;
+/// Retries of a function that does not say.
+pub const RETRIES_DEFAULT: u8 = 3;
+/// Longest age of a task, in seconds: a week.
+pub const MAX_AGE_S_MAX: u32 = 604_800;
+/// Age of a task of a function that does not say, in seconds: a day.
+pub const MAX_AGE_S_DEFAULT: u32 = 86_400;
+/// Longest delay of a task, in milliseconds: a year.
+pub const DELAY_MS_MAX: u64 = 366 * 86_400_000;
+/// Shortest and longest time one attempt may take, in milliseconds: a second and a day.
+pub const TIMEOUT_MS_MIN: u64 = 1_000;
+/// See `TIMEOUT_MS_MIN`.
+pub const TIMEOUT_MS_MAX: u64 = 86_400_000;
+/// Time one attempt may take where the function does not say, in milliseconds.
+pub const TIMEOUT_MS_DEFAULT: u64 = 60_000;
+/// Largest weight of a tenant in the round robin.
+pub const WEIGHT_MAX: u16 = 1_000;
+/// Largest cost of one task in the round robin.
+pub const COST_MAX: u16 = 1_000;
+/// Time for which a `task_id` names one task, in milliseconds: a day.
+pub const DEDUP_WINDOW_MS: u64 = 86_400_000;
+
+const _: () = assert!(
+    RECORD_BYTES_MAX + 4096 <= BATCH_BYTES_MAX,
+    "a batch holds the largest record and its header"
+);
+const _: () = assert!(
+    BATCH_BYTES_SEAL + RECORD_BYTES_MAX + 4096 <= BATCH_BYTES_MAX,
+    "a batch at the seal mark still takes one large record"
+);
+const _: () = assert!(
+    BATCH_BYTES_MAX * 2 <= SEGMENT_BYTES_MIN,
+    "a segment holds at least two full batches"
+);
+const _: () = assert!(
+    SEGMENT_BYTES_MIN <= SEGMENT_BYTES_DEFAULT && SEGMENT_BYTES_DEFAULT <= SEGMENT_BYTES_MAX
+);
+const _: () = assert!(
+    FRAME_BYTES_MAX <= RECORD_BYTES_MAX,
+    "what a frame carries fits a record"
+);
+const _: () = assert!(CONTROL_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(PAYLOAD_BYTES_DEFAULT <= PAYLOAD_BYTES_LIMIT);
+const _: () = assert!(
+    CELL_COUNT as usize <= 1 << 12,
+    "a cell fits its 12 bits of a request id"
+);
+const _: () = assert!(
+    TAG_COUNT_MAX * TAG_BYTES_MAX
+        + 2 * NAME_BYTES_MAX
+        + CONTENT_TYPE_BYTES_MAX
+        + TRACEPARENT_BYTES
+        + 512
+        <= FRAME_OVERHEAD_BYTES,
+    "the metadata of one task fits beside the largest payload"
+);
