@@ -5,6 +5,10 @@
 
 extern crate alloc;
 
+pub mod clock;
+pub mod config;
 pub mod error;
 pub mod id;
 pub mod limits;
+pub mod record;
+pub mod state;
