@@ -12,3 +12,5 @@ pub mod id;
 pub mod limits;
 pub mod record;
 pub mod state;
+pub mod table;
+pub mod schedule;

@@ -1,0 +1,444 @@
+//! The task table: a slab of 64-byte entries in 64 KiB pages, and the intrusive lists that run through it. A task is in
+//! at most one list at a time: its lane, its key's successors, a binding's running tasks, the finished tasks.
+
+use alloc::{boxed::Box, vec::Vec};
+
+use crate::{
+    id::{CellId, FunctionId, Lsn, RequestId, SlotIndex, Token},
+    state::State,
+};
+
+/// No task, no holder, no waiter, no key.
+pub const NIL: u32 = u32::MAX;
+
+/// Entries of one page; a page is 64 KiB.
+pub const TASKS_PER_PAGE: usize = 1024;
+
+/// Records are measured in these units, so that their length fits 16 bits.
+pub const RECORD_UNIT_BYTES: u32 = 32;
+
+/// A fact about the task is appended and not durable yet; no other fact may be appended meanwhile.
+pub const FLAG_BUSY: u16 = 1;
+/// The task holds a credit of its queue's pool and counts against its function's concurrency.
+pub const FLAG_CREDIT: u16 = 2;
+/// The record has a name, key, content type, trace context or tags that its executor must see.
+pub const FLAG_META: u16 = 4;
+/// Its age ran out while it could not expire; it is not started again.
+pub const FLAG_OVERDUE: u16 = 8;
+/// It is the one task of its ordering key that may go beyond `Enqueued`.
+pub const FLAG_KEY_HEAD: u16 = 16;
+/// A read of its record is under way.
+pub const FLAG_FETCHING: u16 = 32;
+/// It entered the table of ages because its age is not its lane's.
+pub const FLAG_OWN_AGE: u16 = 64;
+/// Accepted with `durability=memory`.
+pub const FLAG_MEMORY: u16 = 128;
+
+/// One task. Owned by its shard; found by slot, verified by the rest of the request id.
+#[derive(Clone, Copy, Debug)]
+pub struct Task {
+    /// `seq:40 | state:4 | retries:4 | flags:16`.
+    word: u64,
+    /// `accepted_ms:44 | max_age_s:20`.
+    age: u64,
+    /// Where its record stands in the log.
+    pub position: Lsn,
+    /// Scheduled, retrying: logged ms at which it is due. Running: monotonic ms of its start. Finished: the position of
+    /// its outcome, 0 where there is none.
+    pub at: u64,
+    /// Its function.
+    pub function: FunctionId,
+    /// Next task of its list.
+    pub next: u32,
+    /// Previous task of its list.
+    pub prev: u32,
+    /// Waiting: its bytes in the blob pool. Running: the binding that runs it.
+    pub holder: u32,
+    /// First of the callers waiting for its end.
+    pub waiter: u32,
+    /// Its ordering key's entry.
+    pub key: u32,
+    /// `cell:12 | generation:4`.
+    place: u16,
+    /// Leases so far.
+    pub attempt: u16,
+    /// Length of its record in units of 32 bytes, rounded up.
+    pub record_units: u16,
+    /// Cost in the round robin.
+    pub cost: u16,
+}
+
+const _: () = assert!(size_of::<Task>() == 64);
+const _: () = assert!(crate::limits::RECORD_BYTES_MAX / (RECORD_UNIT_BYTES as usize) < u16::MAX as usize);
+const _: () = assert!(crate::limits::MAX_AGE_S_MAX < 1 << 20);
+
+impl Task {
+    /// A task as its acceptance makes it, in no list.
+    pub fn new(request: RequestId, function: FunctionId, position: Lsn, record_bytes: u32) -> Task {
+        Task {
+            word: request.seq() << 24 | (State::Enqueued as u64) << 20,
+            age: request.accepted_ms() << 20,
+            position,
+            at: 0,
+            function,
+            next: NIL,
+            prev: NIL,
+            holder: NIL,
+            waiter: NIL,
+            key: NIL,
+            place: request.cell().0 << 4,
+            attempt: 0,
+            record_units: record_bytes.div_ceil(RECORD_UNIT_BYTES) as u16,
+            cost: 1,
+        }
+    }
+
+    /// Its identity, given the slot in which it lives.
+    pub fn request(&self, slot: u32) -> RequestId {
+        RequestId::new(CellId(self.place >> 4), self.accepted_ms(), self.word >> 24, SlotIndex(slot))
+    }
+
+    /// Its state.
+    pub fn state(&self) -> State {
+        const BY_NUMBER: [State; 16] = {
+            let mut table = [State::Enqueued; 16];
+            let mut index = 0;
+            while index < State::ALL.len() {
+                table[State::ALL[index] as usize] = State::ALL[index];
+                index += 1;
+            }
+            table
+        };
+        BY_NUMBER[(self.word >> 20 & 15) as usize]
+    }
+
+    /// Puts it into a state; whether the table allows that is the caller's business.
+    pub fn set_state(&mut self, state: State) {
+        self.word = self.word & !(15 << 20) | (state as u64) << 20;
+    }
+
+    /// Retries spent.
+    pub fn retries(&self) -> u8 {
+        (self.word >> 16 & 15) as u8
+    }
+
+    /// Notes the retries spent, at most 8.
+    pub fn set_retries(&mut self, retries: u8) {
+        self.word = self.word & !(15 << 16) | u64::from(retries.min(15)) << 16;
+    }
+
+    /// True if any of `flags` is set.
+    pub fn has(&self, flags: u16) -> bool {
+        self.word as u16 & flags != 0
+    }
+
+    /// Sets flags.
+    pub fn set(&mut self, flags: u16) {
+        self.word |= u64::from(flags);
+    }
+
+    /// Clears flags.
+    pub fn clear(&mut self, flags: u16) {
+        self.word &= !u64::from(flags);
+    }
+
+    /// Logged time of its acceptance.
+    pub fn accepted_ms(&self) -> u64 {
+        self.age >> 20
+    }
+
+    /// Its own maximum age in seconds; 0 for its function's.
+    pub fn max_age_s(&self) -> u32 {
+        (self.age & 0xF_FFFF) as u32
+    }
+
+    /// Gives it a maximum age of its own.
+    pub fn set_max_age_s(&mut self, seconds: u32) {
+        self.age = self.age & !0xF_FFFF | u64::from(seconds.min(0xF_FFFF));
+    }
+
+    /// The fencing token of its current attempt.
+    pub fn token(&self) -> Token {
+        Token { generation: self.place & 15, attempt: self.attempt }
+    }
+
+    /// Bytes of its record, rounded up to whole units.
+    pub fn record_bytes(&self) -> u32 {
+        u32::from(self.record_units) * RECORD_UNIT_BYTES
+    }
+}
+
+/// One list through the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct List {
+    /// First task.
+    pub head: u32,
+    /// Last task.
+    pub tail: u32,
+    /// Tasks in it.
+    pub count: u32,
+}
+
+impl Default for List {
+    fn default() -> List {
+        List { head: NIL, tail: NIL, count: 0 }
+    }
+}
+
+/// The slab. A slot is reserved at admission and filled at commit; between the two it holds no task, yet is not free.
+/// Free slots are chained through `next`, so that neither growth nor release moves anything.
+#[derive(Debug)]
+pub struct TaskTable {
+    pages: Vec<Box<[Task]>>,
+    free: u32,
+    used: u32,
+    live: u32,
+}
+
+impl Default for TaskTable {
+    fn default() -> TaskTable {
+        TaskTable { pages: Vec::new(), free: NIL, used: 0, live: 0 }
+    }
+}
+
+/// What stands in a slot without a task: state 0, which no task has.
+const EMPTY: Task = Task {
+    word: 0,
+    age: 0,
+    position: Lsn(0),
+    at: 0,
+    function: FunctionId(0),
+    next: NIL,
+    prev: NIL,
+    holder: NIL,
+    waiter: NIL,
+    key: NIL,
+    place: 0,
+    attempt: 0,
+    record_units: 0,
+    cost: 0,
+};
+
+impl TaskTable {
+    /// Tasks in the table.
+    pub fn live(&self) -> u32 {
+        self.live
+    }
+
+    /// One past the highest slot ever used.
+    pub fn used(&self) -> u32 {
+        self.used
+    }
+
+    fn entry(&mut self, slot: u32) -> &mut Task {
+        &mut self.pages[slot as usize / TASKS_PER_PAGE][slot as usize % TASKS_PER_PAGE]
+    }
+
+    /// Takes a free slot; at most 2^32 - 2 exist, which `None` tells.
+    pub fn reserve(&mut self) -> Option<u32> {
+        if self.free != NIL {
+            let slot = self.free;
+            self.free = self.entry(slot).next;
+            return Some(slot);
+        }
+        if self.used == NIL - 1 {
+            return None;
+        }
+        let slot = self.used;
+        self.grow_to(slot + 1);
+        Some(slot)
+    }
+
+    fn grow_to(&mut self, used: u32) {
+        while self.pages.len() * TASKS_PER_PAGE < used as usize {
+            self.pages.push(alloc::vec![EMPTY; TASKS_PER_PAGE].into_boxed_slice());
+        }
+        self.used = self.used.max(used);
+    }
+
+    /// Gives a reserved slot back unused.
+    pub fn release(&mut self, slot: u32) {
+        let free = self.free;
+        let entry = self.entry(slot);
+        assert!(entry.word == 0, "a slot with a task is removed, not released");
+        *entry = Task { next: free, ..EMPTY };
+        self.free = slot;
+    }
+
+    /// Fills a slot: a reserved one, or any empty one while the log is replayed.
+    pub fn insert(&mut self, slot: u32, task: Task) {
+        self.grow_to(slot + 1);
+        let entry = self.entry(slot);
+        assert!(entry.word == 0, "a slot holds one task");
+        *entry = task;
+        self.live += 1;
+    }
+
+    /// Empties a slot and frees it.
+    pub fn remove(&mut self, slot: u32) {
+        let free = self.free;
+        let entry = self.entry(slot);
+        assert!(entry.word != 0, "only a task is removed");
+        *entry = Task { next: free, ..EMPTY };
+        self.free = slot;
+        self.live -= 1;
+    }
+
+    /// Chains every empty slot again, lowest first. A replay fills and empties slots in any order and ends with this.
+    pub fn rebuild_free(&mut self) {
+        self.free = NIL;
+        for slot in (0..self.used).rev() {
+            let free = self.free;
+            let entry = self.entry(slot);
+            if entry.word == 0 {
+                entry.next = free;
+                self.free = slot;
+            }
+        }
+    }
+
+    /// The task in a slot.
+    pub fn get(&self, slot: u32) -> Option<&Task> {
+        let page = self.pages.get(slot as usize / TASKS_PER_PAGE)?;
+        let task = &page[slot as usize % TASKS_PER_PAGE];
+        (task.word != 0).then_some(task)
+    }
+
+    /// The slot of the task with this identity.
+    pub fn find(&self, request: RequestId) -> Option<u32> {
+        let slot = request.slot().0;
+        self.get(slot).filter(|task| task.request(slot) == request).map(|_| slot)
+    }
+
+    /// Appends a task that is in no list.
+    pub fn push_back(&mut self, list: &mut List, slot: u32) {
+        let tail = list.tail;
+        let task = &mut self[slot];
+        task.prev = tail;
+        task.next = NIL;
+        if tail == NIL {
+            list.head = slot;
+        } else {
+            self[tail].next = slot;
+        }
+        list.tail = slot;
+        list.count += 1;
+    }
+
+    /// Puts a task that is in no list in front.
+    pub fn push_front(&mut self, list: &mut List, slot: u32) {
+        let head = list.head;
+        let task = &mut self[slot];
+        task.prev = NIL;
+        task.next = head;
+        if head == NIL {
+            list.tail = slot;
+        } else {
+            self[head].prev = slot;
+        }
+        list.head = slot;
+        list.count += 1;
+    }
+
+    /// Takes a task out of the list that it is in.
+    pub fn unlink(&mut self, list: &mut List, slot: u32) {
+        let task = &mut self[slot];
+        let (prev, next) = (task.prev, task.next);
+        task.prev = NIL;
+        task.next = NIL;
+        if prev == NIL {
+            assert!(list.head == slot, "the task is in this list");
+            list.head = next;
+        } else {
+            self[prev].next = next;
+        }
+        if next == NIL {
+            list.tail = prev;
+        } else {
+            self[next].prev = prev;
+        }
+        list.count -= 1;
+    }
+}
+
+impl core::ops::Index<u32> for TaskTable {
+    type Output = Task;
+
+    fn index(&self, slot: u32) -> &Task {
+        &self.pages[slot as usize / TASKS_PER_PAGE][slot as usize % TASKS_PER_PAGE]
+    }
+}
+
+impl core::ops::IndexMut<u32> for TaskTable {
+    fn index_mut(&mut self, slot: u32) -> &mut Task {
+        self.entry(slot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(seq: u64, slot: u32) -> Task {
+        let request = RequestId::new(CellId(4095), 1_790_000_000_000, seq, SlotIndex(slot));
+        let task = Task::new(request, FunctionId(3), Lsn(7), 1_000);
+        assert_eq!(task.request(slot), request);
+        task
+    }
+
+    #[test]
+    fn an_entry_keeps_its_packed_parts_apart() {
+        let mut task = task(RequestId::SEQ_MAX, 5);
+        for state in State::ALL {
+            task.set_state(state);
+            task.set_retries(8);
+            task.set(FLAG_BUSY | FLAG_META);
+            task.set_max_age_s(604_800);
+            assert_eq!((task.state(), task.retries(), task.max_age_s()), (state, 8, 604_800));
+            assert!(task.has(FLAG_BUSY) && !task.has(FLAG_CREDIT));
+            task.clear(FLAG_BUSY);
+            assert!(!task.has(FLAG_BUSY) && task.has(FLAG_META));
+        }
+        assert_eq!(task.request(5).seq(), RequestId::SEQ_MAX);
+        assert_eq!(task.record_bytes(), 1_024);
+    }
+
+    #[test]
+    fn a_slot_is_found_only_by_the_identity_it_holds() {
+        let mut table = TaskTable::default();
+        let slot = table.reserve().unwrap();
+        assert!(table.get(slot).is_none());
+        table.insert(slot, task(1, slot));
+        let old = table[slot].request(slot);
+        assert_eq!(table.find(old), Some(slot));
+        table.remove(slot);
+        assert_eq!(table.reserve(), Some(slot), "a freed slot is used again");
+        table.insert(slot, task(2, slot));
+        assert_eq!(table.find(old), None);
+        table.insert(40, task(3, 40));
+        table.rebuild_free();
+        assert_eq!(table.reserve(), Some(1), "a replay leaves the gaps free");
+    }
+
+    #[test]
+    fn lists_keep_order_when_tasks_leave_anywhere() {
+        let mut table = TaskTable::default();
+        let mut list = List::default();
+        for seq in 0..5 {
+            let slot = table.reserve().unwrap();
+            table.insert(slot, task(seq, slot));
+            table.push_back(&mut list, slot);
+        }
+        for slot in [2, 0, 4] {
+            table.unlink(&mut list, slot);
+        }
+        table.push_front(&mut list, 4);
+        let mut order = Vec::new();
+        let mut at = list.head;
+        while at != NIL {
+            order.push(at);
+            at = table[at].next;
+        }
+        assert_eq!((order, list.count, list.tail), (alloc::vec![4, 1, 3], 3, 3));
+    }
+}
