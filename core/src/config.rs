@@ -301,60 +301,53 @@ impl Directory {
         Ok(changes)
     }
 
-    /// Applies a change. The same change applied twice leaves what it left the first time.
+    /// Applies a change. The same change applied twice leaves what it left the first time. A log whose beginning is
+    /// gone may name numbers before the records that define them: those are empty until their record comes.
     pub fn apply(&mut self, version: u64, change: &Change) {
         match change {
             Change::Tenant { id, name, config } => {
-                let tenant = Tenant {
-                    name: name.clone(),
-                    config: *config,
-                };
-                match self.tenants.get_mut(id.0 as usize) {
-                    Some(known) => *known = tenant,
-                    None => {
-                        assert_eq!(
-                            id.0 as usize,
-                            self.tenants.len(),
-                            "tenants are numbered without gaps"
-                        );
-                        self.tenants.push(tenant);
-                        self.tenants_by_name.insert(name.clone(), *id);
-                    }
-                }
+                let tenant = self.tenant_entry(*id);
+                tenant.name.clone_from(name);
+                tenant.config = *config;
+                self.tenants_by_name.insert(name.clone(), *id);
             }
-            Change::Function {
-                id,
-                tenant,
-                name,
-                config,
-            } => match self.functions.get_mut(id.0 as usize) {
-                Some(known) => known.config = *config,
-                None => {
-                    assert_eq!(
-                        id.0 as usize,
-                        self.functions.len(),
-                        "functions are numbered without gaps"
-                    );
-                    let home = place(&self.tenants[tenant.0 as usize].name, name, "");
-                    let function = Function {
-                        tenant: *tenant,
-                        name: name.to_string(),
-                        config: *config,
-                        home,
-                        live: true,
-                    };
-                    self.functions.push(function);
-                    self.functions_by_name.insert((*tenant, name.clone()), *id);
-                }
-            },
+            Change::Function { id, tenant, name, config } => {
+                let home = place(&self.tenant_entry(*tenant).name, name, "");
+                *self.function_entry(*id) = Function { tenant: *tenant, name: name.to_string(), config: *config, home, live: true };
+                self.functions_by_name.insert((*tenant, name.clone()), *id);
+            }
             Change::FunctionRemoved { id } => {
-                let function = &mut self.functions[id.0 as usize];
+                let function = self.function_entry(*id);
                 function.live = false;
-                self.functions_by_name
-                    .remove(&(function.tenant, function.name.clone()));
+                let key = (function.tenant, function.name.clone());
+                if self.functions_by_name.get(&key) == Some(id) {
+                    self.functions_by_name.remove(&key);
+                }
             }
         }
         self.version = self.version.max(version);
+    }
+
+    fn tenant_entry(&mut self, id: TenantId) -> &mut Tenant {
+        let index = id.0 as usize;
+        if self.tenants.len() <= index {
+            self.tenants.resize_with(index + 1, || Tenant { name: String::new(), config: TenantConfig::default() });
+        }
+        &mut self.tenants[index]
+    }
+
+    fn function_entry(&mut self, id: FunctionId) -> &mut Function {
+        let index = id.0 as usize;
+        if self.functions.len() <= index {
+            self.functions.resize_with(index + 1, || Function {
+                tenant: TenantId(0),
+                name: String::new(),
+                config: FunctionConfig::default(),
+                home: CellId(0),
+                live: false,
+            });
+        }
+        &mut self.functions[index]
     }
 
     /// The changes that make an empty directory into this one, in an order in which they can be applied. Removed

@@ -14,3 +14,6 @@ pub mod record;
 pub mod state;
 pub mod table;
 pub mod schedule;
+pub mod event;
+pub mod shard;
+mod flow;

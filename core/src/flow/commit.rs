@@ -1,0 +1,455 @@
+//! Commit: the facts of a batch that is on disk take effect, and those who wait are told. This is the only place where
+//! facts change; a replay applies the same facts through the same `apply`.
+
+use crate::{
+    error::Code,
+    event::{Durable, Effects, Finished, Span, stow},
+    id::{FunctionId, Lsn},
+    record::{Record, read_whole},
+    schedule::pool::Signal,
+    shard::{Accepted, Fact, Key, Name, Shard},
+    state::State,
+    table::task::*,
+};
+
+impl Shard {
+    pub(crate) fn commit(&mut self, durable: Durable<'_>, effects: &mut Effects) {
+        let Some(mut pending) = self.sealed.pop_front() else { return };
+        for fact in pending.facts.drain(..) {
+            self.apply(fact, Some(durable), effects);
+        }
+        for name in pending.names.drain(..) {
+            self.pending_names.remove(&name);
+        }
+        for (index, edge) in pending.edges.edges.iter_mut().enumerate() {
+            effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
+        }
+        effects.shards.append(&mut pending.edges.shards);
+        self.spare.push(pending);
+        self.after_commit(effects);
+    }
+
+    pub(crate) fn apply(&mut self, fact: Fact, durable: Option<Durable<'_>>, effects: &mut Effects) {
+        match fact {
+            Fact::Accepted(accepted) => self.apply_accepted(accepted, durable),
+            Fact::Leased { request, token, binding } => {
+                let Some(slot) = self.tasks.find(request) else { return };
+                if self.replaying {
+                    self.detach(slot);
+                    self.adopt_credit(slot);
+                }
+                let now_ms = self.now.mono_ns / 1_000_000;
+                let task = &mut self.tasks[slot];
+                task.set_state(State::Running);
+                task.attempt = token.attempt;
+                task.at = now_ms;
+                task.clear(FLAG_BUSY);
+                self.counters.leased += 1;
+                self.hand_to(slot, binding);
+            }
+            Fact::Ended { request, state, retries, due_ms, position, code } => {
+                let Some(slot) = self.tasks.find(request) else { return };
+                if self.replaying {
+                    self.detach(slot);
+                    let tenant = self.tenant_of(slot);
+                    self.queues[tenant.0 as usize].waiting += u64::from(state == State::Retrying);
+                }
+                let task = &mut self.tasks[slot];
+                task.clear(FLAG_BUSY);
+                task.set_retries(retries);
+                if state == State::Retrying {
+                    self.counters.retried += 1;
+                    let task = &mut self.tasks[slot];
+                    task.set_state(State::Retrying);
+                    task.at = due_ms;
+                    self.due.insert((due_ms, slot));
+                    self.own_age(slot);
+                } else {
+                    self.finish(slot, state, position, code, durable, effects);
+                }
+            }
+            Fact::Moved { request, state } => {
+                let Some(slot) = self.tasks.find(request) else { return };
+                self.tasks[slot].clear(FLAG_BUSY);
+                if state == State::Stopping {
+                    self.tasks[slot].set_state(State::Stopping);
+                    self.cancel(slot, effects);
+                } else if state.terminal() {
+                    let function = self.tasks[slot].function;
+                    self.detach(slot);
+                    self.finish(slot, state, Lsn(0), Code::Ok, durable, effects);
+                    self.arm_lane_age(function);
+                    self.wake_lane(function);
+                }
+            }
+            Fact::Config { version, change } => self.apply_change(version, *change),
+            Fact::Clock { next_seq } => self.next_seq = self.next_seq.max(next_seq),
+            Fact::ConfigComplete { segment } => self.config_segment = segment,
+        }
+    }
+
+    fn apply_accepted(&mut self, accepted: Accepted, durable: Option<Durable<'_>>) {
+        let slot = accepted.request.slot().0;
+        let segment = self.segment_of(accepted.position);
+        if self.replaying {
+            self.next_seq = self.next_seq.max(accepted.request.seq() + 1);
+            if self.tasks.get(slot).is_some() {
+                // The log's beginning is gone, and with it the finished tasks that pushed this one out.
+                assert!(self.tasks[slot].state().terminal(), "only a finished task's slot is used again");
+                self.forget(slot);
+            }
+            self.lane_mut(accepted.function, accepted.tenant);
+            self.queue_mut(accepted.tenant).waiting += 1;
+        }
+        let mut task = Task::new(accepted.request, accepted.function, accepted.position, accepted.record_bytes);
+        task.cost = accepted.cost;
+        task.waiter = accepted.waiter;
+        task.set(accepted.flags);
+        task.set_max_age_s(accepted.max_age_s);
+        self.tasks.insert(slot, task);
+        self.reference(segment);
+        if accepted.name != 0 {
+            let name = Name { request: accepted.request, payload_hash: accepted.payload_hash, segment: segment as u32 };
+            self.names.insert(accepted.name, name);
+            self.name_ages.push((accepted.name, accepted.request.accepted_ms()));
+            self.reference(segment);
+        }
+        if accepted.leased {
+            return;
+        }
+        if !self.replaying {
+            let lane = &mut self.lanes[accepted.function.0 as usize];
+            lane.unsettled -= 1;
+            let wanted = lane.free_slots > 0 || !lane.bindings.is_empty() || lane.in_flight > 0;
+            let bytes = accepted.record_bytes as usize;
+            if wanted && accepted.due_ms == 0 && self.blobs.bytes() + bytes <= self.options.fetched_bytes_max {
+                let durable = durable.expect("a live commit has its batch");
+                let offset = (accepted.position.0 % self.options.segment_bytes) as usize;
+                let start = offset - durable.offset as usize;
+                self.tasks[slot].holder = self.blobs.put(&durable.bytes[start..start + bytes]);
+            }
+        }
+        if accepted.key != 0 {
+            self.join_key(slot, accepted.key);
+        }
+        if accepted.max_age_s > 0 && accepted.due_ms == 0 {
+            self.own_age(slot);
+        }
+        if accepted.due_ms > 0 {
+            let task = &mut self.tasks[slot];
+            task.set_state(State::Scheduled);
+            task.at = accepted.due_ms;
+            self.due.insert((accepted.due_ms, slot));
+        } else {
+            self.enqueue(slot, false);
+        }
+    }
+
+    /// Makes a task a member of its key: the head if the key is free, a successor if not.
+    fn join_key(&mut self, slot: u32, hash: u128) {
+        let function = self.tasks[slot].function;
+        let key = match self.keys_by_hash.get(hash) {
+            Some(&key) => key,
+            None => {
+                let entry = Key { hash, function, head: NIL, successors: List::default(), members: 0, held: false };
+                let key = match self.free_keys.pop() {
+                    Some(key) => {
+                        self.keys[key as usize] = entry;
+                        key
+                    }
+                    None => {
+                        self.keys.push(entry);
+                        self.keys.len() as u32 - 1
+                    }
+                };
+                self.keys_by_hash.insert(hash, key);
+                key
+            }
+        };
+        self.tasks[slot].key = key;
+        self.keys[key as usize].members += 1;
+    }
+
+    /// Puts a task that is in no list and may start into its lane, or behind its key.
+    pub(crate) fn enqueue(&mut self, slot: u32, in_front: bool) {
+        let task = &mut self.tasks[slot];
+        task.set_state(State::Enqueued);
+        let (function, key, head) = (task.function, task.key, task.has(FLAG_KEY_HEAD));
+        if key != NIL && !head {
+            let entry = &mut self.keys[key as usize];
+            if entry.head != NIL || entry.held {
+                let mut successors = entry.successors;
+                self.tasks.push_back(&mut successors, slot);
+                self.keys[key as usize].successors = successors;
+                self.lanes[function.0 as usize].behind_keys += 1;
+                self.own_age(slot);
+                return;
+            }
+            entry.head = slot;
+            self.tasks[slot].set(FLAG_KEY_HEAD);
+        }
+        let lane = &mut self.lanes[function.0 as usize];
+        let mut waiting = lane.waiting;
+        if in_front {
+            self.tasks.push_front(&mut waiting, slot);
+        } else {
+            self.tasks.push_back(&mut waiting, slot);
+        }
+        self.lanes[function.0 as usize].waiting = waiting;
+        self.arm_lane_age(function);
+        self.wake_lane(function);
+        if !self.lanes[function.0 as usize].live && !self.replaying {
+            self.doom(function);
+        }
+    }
+
+    /// Takes a task out of wherever its state keeps it.
+    pub(crate) fn detach(&mut self, slot: u32) {
+        let task = self.tasks[slot];
+        let function = task.function.0 as usize;
+        match task.state() {
+            State::Enqueued => {
+                if task.key != NIL && !task.has(FLAG_KEY_HEAD) {
+                    let mut successors = self.keys[task.key as usize].successors;
+                    self.tasks.unlink(&mut successors, slot);
+                    self.keys[task.key as usize].successors = successors;
+                    self.lanes[function].behind_keys -= 1;
+                } else {
+                    let mut waiting = self.lanes[function].waiting;
+                    self.tasks.unlink(&mut waiting, slot);
+                    self.lanes[function].waiting = waiting;
+                }
+                self.leave_waiting(slot);
+            }
+            State::Dequeued => {
+                self.lanes[function].promised -= 1;
+                self.give_credit(slot, Signal::Clean, false);
+            }
+            State::Scheduled | State::Retrying => {
+                self.due.remove(&(task.at, slot));
+                self.leave_waiting(slot);
+            }
+            State::Running | State::Stopping => self.leave_executor(slot),
+            State::Paused | State::Succeeded | State::Failed | State::Stopped | State::Expired | State::Invalid => {}
+        }
+        self.drop_blob(slot);
+    }
+
+    fn leave_waiting(&mut self, slot: u32) {
+        let tenant = self.tenant_of(slot);
+        self.queues[tenant.0 as usize].waiting -= 1;
+    }
+
+    /// Forgets the bytes of a task that waits; a running task's `holder` is a binding and stays.
+    pub(crate) fn drop_blob(&mut self, slot: u32) {
+        let task = &mut self.tasks[slot];
+        if task.holder != NIL && !matches!(task.state(), State::Running | State::Stopping) {
+            let blob = core::mem::replace(&mut task.holder, NIL);
+            self.blobs.remove(blob);
+        }
+    }
+
+    /// Gives a task whose age is not its lane's an entry of its own.
+    pub(crate) fn own_age(&mut self, slot: u32) {
+        let task = &self.tasks[slot];
+        if task.has(FLAG_OWN_AGE) {
+            return;
+        }
+        let age = match task.max_age_s() {
+            0 => self.lanes[task.function.0 as usize].config.max_age_s,
+            own => own,
+        };
+        // A delayed task's age counts from when it was due.
+        let from = if task.state() == State::Scheduled { task.at } else { task.accepted_ms() };
+        let task = &mut self.tasks[slot];
+        task.set_max_age_s(age);
+        task.set(FLAG_OWN_AGE);
+        self.ages.insert((from + u64::from(age) * 1_000, slot));
+    }
+
+    /// Ends a task that is in no list: tells its waiters, frees its key, keeps it for queries.
+    fn finish(
+        &mut self,
+        slot: u32,
+        state: State,
+        position: Lsn,
+        code: Code,
+        durable: Option<Durable<'_>>,
+        effects: &mut Effects,
+    ) {
+        let counter = match state {
+            State::Succeeded => &mut self.counters.succeeded,
+            State::Stopped => &mut self.counters.stopped,
+            State::Expired => &mut self.counters.expired,
+            State::Invalid => &mut self.counters.invalid,
+            State::Failed => &mut self.counters.failed,
+            State::Scheduled | State::Enqueued | State::Dequeued | State::Running | State::Retrying | State::Paused
+            | State::Stopping => unreachable!("only terminal states finish a task"),
+        };
+        *counter += 1;
+        let task = &mut self.tasks[slot];
+        task.set_state(state);
+        task.at = position.0;
+        task.holder = NIL;
+        let own_age = task.has(FLAG_OWN_AGE);
+        let key = task.key;
+        if own_age {
+            self.drop_own_age(slot);
+        }
+        if position.0 != 0 {
+            self.reference(self.segment_of(position));
+        }
+        if self.tasks[slot].waiter != NIL {
+            self.tell_waiters(slot, state, position, code, durable, effects);
+        }
+        if key != NIL {
+            self.leave_key(slot, state);
+        }
+        let mut finished = self.finished;
+        self.tasks.push_back(&mut finished, slot);
+        self.finished = finished;
+        if self.finished.count > self.options.finished_max {
+            self.forget(self.finished.head);
+        }
+    }
+
+    fn drop_own_age(&mut self, slot: u32) {
+        let task = &mut self.tasks[slot];
+        task.clear(FLAG_OWN_AGE);
+        let age_ms = u64::from(task.max_age_s()) * 1_000;
+        // The entry of a task that was delayed stands elsewhere and goes when it fires: see `timers`.
+        self.ages.remove(&(task.accepted_ms() + age_ms, slot));
+    }
+
+    fn tell_waiters(
+        &mut self,
+        slot: u32,
+        state: State,
+        position: Lsn,
+        code: Code,
+        durable: Option<Durable<'_>>,
+        effects: &mut Effects,
+    ) {
+        let request = self.tasks[slot].request(slot);
+        let mut at = core::mem::replace(&mut self.tasks[slot].waiter, NIL);
+        while at != NIL {
+            let waiter = self.waiters[at as usize];
+            self.free_waiters.push(at);
+            at = waiter.next;
+            let edge = effects.edge(waiter.connection.edge());
+            let (mut error, mut result) = (Span::default(), Span::default());
+            if position.0 != 0 && (waiter.with_result || code != Code::Ok) {
+                let durable = durable.expect("a live commit has its batch");
+                let start = (position.0 % self.options.segment_bytes) as usize - durable.offset as usize;
+                if let Ok(Record::Outcome(outcome)) = read_whole(&durable.bytes[start..]) {
+                    error = stow(&mut edge.bytes, outcome.error.as_bytes());
+                    if waiter.with_result {
+                        result = stow(&mut edge.bytes, &outcome.result);
+                    }
+                }
+            }
+            edge.finished.push(Finished {
+                connection: waiter.connection,
+                ticket: waiter.ticket,
+                index: waiter.index,
+                request,
+                state,
+                code,
+                with_result: waiter.with_result,
+                error,
+                result,
+            });
+        }
+    }
+
+    /// The next task of the key follows, or the key is held, or nobody is left and it goes.
+    fn leave_key(&mut self, slot: u32, state: State) {
+        let task = &mut self.tasks[slot];
+        let index = core::mem::replace(&mut task.key, NIL);
+        let was_head = task.has(FLAG_KEY_HEAD);
+        task.clear(FLAG_KEY_HEAD);
+        let hold = self.lanes[task.function.0 as usize].config.on_failure == crate::config::OnFailure::Hold;
+        let key = &mut self.keys[index as usize];
+        key.members -= 1;
+        if was_head {
+            key.head = NIL;
+            key.held = state == State::Failed && hold;
+        }
+        if key.members == 0 && !key.held {
+            self.keys_by_hash.remove(key.hash);
+            self.free_keys.push(index);
+        } else if was_head && !key.held {
+            self.advance_key(index);
+        }
+    }
+
+    /// Makes the first successor the head of a key that has none.
+    pub(crate) fn advance_key(&mut self, index: u32) {
+        let key = &mut self.keys[index as usize];
+        let next = key.successors.head;
+        if next == NIL {
+            return;
+        }
+        let function = key.function;
+        let mut successors = key.successors;
+        self.tasks.unlink(&mut successors, next);
+        self.keys[index as usize].successors = successors;
+        self.lanes[function.0 as usize].behind_keys -= 1;
+        self.enqueue(next, false);
+    }
+
+    /// Drops a finished task from memory.
+    fn forget(&mut self, slot: u32) {
+        let mut finished = self.finished;
+        self.tasks.unlink(&mut finished, slot);
+        self.finished = finished;
+        let task = self.tasks[slot];
+        self.dereference(self.segment_of(task.position));
+        if task.at != 0 {
+            self.dereference(self.segment_of(Lsn(task.at)));
+        }
+        self.tasks.remove(slot);
+    }
+
+    /// The log has reached this segment.
+    pub(crate) fn see_segment(&mut self, segment: u64) {
+        if self.segments.is_empty() {
+            self.first_segment = segment;
+            self.config_segment = segment;
+        }
+        assert!(segment >= self.first_segment, "nothing new stands in a segment that is gone");
+        let index = (segment - self.first_segment) as usize;
+        if self.segments.len() <= index {
+            self.segments.resize(index + 1, 0);
+        }
+    }
+
+    fn reference(&mut self, segment: u64) {
+        self.see_segment(segment);
+        self.segments[(segment - self.first_segment) as usize] += 1;
+    }
+
+    pub(crate) fn dereference(&mut self, segment: u64) {
+        let count = &mut self.segments[(segment - self.first_segment) as usize];
+        *count -= 1;
+    }
+
+    /// What follows a commit: segments at the front that nothing refers to are dead, and wishes go on.
+    fn after_commit(&mut self, effects: &mut Effects) {
+        while self.segments.len() > 1 && self.segments[0] == 0 && self.first_segment < self.config_segment {
+            self.segments.pop_front();
+            self.first_segment += 1;
+        }
+        self.carry_wishes(effects);
+    }
+
+    pub(crate) fn arm_lane_age(&mut self, function: FunctionId) {
+        let lane = &mut self.lanes[function.0 as usize];
+        if lane.age_armed || lane.waiting.head == NIL {
+            return;
+        }
+        lane.age_armed = true;
+        let due = self.tasks[lane.waiting.head].accepted_ms() + u64::from(lane.config.max_age_s) * 1_000;
+        self.lane_ages.insert((due, function.0));
+    }
+}

@@ -1,0 +1,177 @@
+//! Executors come, lend slots, present leases after a reconnect, and go.
+
+use alloc::{collections::BTreeMap, vec::Vec};
+
+use crate::{
+    event::{Effects, Reply},
+    id::{ConnectionId, FunctionId, RequestId, Token},
+    shard::{Binding, Session, Shard},
+    state::State,
+    table::task::*,
+};
+
+impl Shard {
+    pub(crate) fn session_opened(&mut self, executor: u64, connection: ConnectionId) {
+        let session = self.sessions.entry(executor).or_insert_with(|| Session {
+            connection,
+            connected: true,
+            bindings: Vec::new(),
+            overdue: BTreeMap::new(),
+            ends_ns: 0,
+        });
+        session.connection = connection;
+        session.connected = true;
+        session.ends_ns = 0;
+        // Slots count from the edge's next word on; a new connection starts with none.
+        for binding in session.bindings.clone() {
+            self.lend(binding, 0);
+        }
+    }
+
+    pub(crate) fn slots_lent(&mut self, executor: u64, function: FunctionId, index: u16, count: u32) {
+        let known = self.lanes.get(function.0 as usize).is_some_and(|lane| lane.live);
+        if !known || !self.sessions.get(&executor).is_some_and(|session| session.connected) {
+            return;
+        }
+        let binding = self.binding_of(executor, function, index);
+        self.bindings[binding as usize].index = index;
+        self.lend(binding, count);
+    }
+
+    fn lend(&mut self, binding: u32, count: u32) {
+        let target = &mut self.bindings[binding as usize];
+        let before = target.free();
+        target.lent = count;
+        self.recount(binding, before);
+    }
+
+    fn binding_of(&mut self, executor: u64, function: FunctionId, index: u16) -> u32 {
+        let session = &self.sessions[&executor];
+        let known = session.bindings.iter().copied().find(|&binding| self.bindings[binding as usize].function == function);
+        if let Some(binding) = known {
+            return binding;
+        }
+        let new = Binding {
+            executor,
+            function,
+            index,
+            lent: 0,
+            used: 0,
+            running: List::default(),
+            queued: false,
+            watched: false,
+        };
+        let binding = match self.free_bindings.pop() {
+            Some(binding) => {
+                self.bindings[binding as usize] = new;
+                binding
+            }
+            None => {
+                self.bindings.push(new);
+                self.bindings.len() as u32 - 1
+            }
+        };
+        self.sessions.get_mut(&executor).expect("looked up above").bindings.push(binding);
+        binding
+    }
+
+    /// Keeps the leases that the executor holds and frees those that never reached it.
+    pub(crate) fn leases_presented(
+        &mut self,
+        executor: u64,
+        connection: ConnectionId,
+        ticket: u64,
+        leases: &[(RequestId, Token)],
+        effects: &mut Effects,
+    ) {
+        if self.sessions.get(&executor).is_none_or(|session| session.connection != connection) {
+            return;
+        }
+        let mut kept = Vec::new();
+        let mut undelivered: Vec<u32> = Vec::new();
+        for &binding in &self.sessions[&executor].bindings {
+            let mut slot = self.bindings[binding as usize].running.head;
+            while slot != NIL {
+                undelivered.push(slot);
+                slot = self.tasks[slot].next;
+            }
+        }
+        let mut presented: Vec<u32> = Vec::new();
+        for &(request, token) in leases {
+            let Some(slot) = self.tasks.find(request) else { continue };
+            let task = self.tasks[slot];
+            if !matches!(task.state(), State::Running | State::Stopping) || task.has(FLAG_BUSY) || task.token() != token {
+                continue;
+            }
+            if task.holder == NIL {
+                let mut orphans = self.orphans;
+                self.tasks.unlink(&mut orphans, slot);
+                self.orphans = orphans;
+                let binding = self.binding_of(executor, task.function, u16::MAX);
+                let before = self.bindings[binding as usize].free();
+                self.bindings[binding as usize].used += 1;
+                self.recount(binding, before);
+                // Leases start again with a full term.
+                self.tasks[slot].at = self.now.mono_ns / 1_000_000;
+                self.hand_to(slot, binding);
+            } else if self.bindings[task.holder as usize].executor != executor {
+                continue;
+            }
+            presented.push(slot);
+            kept.push((request, token));
+            if task.state() == State::Stopping {
+                self.cancel(slot, effects);
+            }
+        }
+        presented.sort_unstable();
+        for slot in undelivered {
+            let task = &self.tasks[slot];
+            if presented.binary_search(&slot).is_err() && task.state() == State::Running && !task.has(FLAG_BUSY) {
+                self.release(slot);
+            }
+        }
+        effects.edge(connection.edge()).replies.push((connection, ticket, Reply::Leases { kept }));
+    }
+
+    /// The connection is gone; the leases live on for one term.
+    pub(crate) fn session_lost(&mut self, executor: u64, connection: ConnectionId) {
+        let ends_ns = self.now.mono_ns + self.options.lease_ms * 1_000_000;
+        let Some(session) = self.sessions.get_mut(&executor).filter(|session| session.connection == connection) else {
+            return;
+        };
+        session.connected = false;
+        session.ends_ns = ends_ns;
+        self.graces.insert((ends_ns, executor));
+        for binding in session.bindings.clone() {
+            self.lend(binding, 0);
+        }
+    }
+
+    /// The executor said goodbye: what it holds is free now.
+    pub(crate) fn session_closed(&mut self, executor: u64, connection: ConnectionId) {
+        self.session_lost(executor, connection);
+        let Some(session) = self.sessions.get_mut(&executor).filter(|session| !session.connected) else { return };
+        self.graces.remove(&(session.ends_ns, executor));
+        session.ends_ns = self.now.mono_ns;
+        self.graces.insert((session.ends_ns, executor));
+    }
+
+    /// Forgets an executor that runs nothing.
+    pub(crate) fn drop_session(&mut self, executor: u64) {
+        let Some(session) = self.sessions.remove(&executor) else { return };
+        for index in session.bindings {
+            let binding = &mut self.bindings[index as usize];
+            assert!(binding.running.count == 0, "its tasks were taken over first");
+            // Leases on their way to the disk still name it; they become orphans when they arrive.
+            let in_use_later = binding.used > session.overdue.values().filter(|&&overdue| overdue == index).count() as u32;
+            let lane = &mut self.lanes[binding.function.0 as usize];
+            lane.bindings.retain(|&other| other != index);
+            if binding.watched {
+                self.watch.retain(|&(_, other)| other != index);
+            }
+            if !in_use_later {
+                self.free_bindings.push(index);
+            }
+        }
+    }
+}

@@ -1,0 +1,529 @@
+//! One shard: its facts, its volatile state, and the step that moves both.
+//!
+//! Facts change only in `commit` (and in [`Shard::replay`], which applies the same facts); everything else here is
+//! rebuilt after a restart and never logged. A step runs the stages in one fixed order; stages never call each other.
+
+use alloc::{
+    boxed::Box,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    vec::Vec,
+};
+
+use crate::{
+    clock::Now,
+    config::{Change, Directory, FunctionConfig, Wish},
+    error::Code,
+    event::{Control, Counters, Durable, EdgeBatch, Effects, Inbox, Urgency},
+    id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
+    limits::{DEDUP_WINDOW_MS, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT},
+    record::BatchSpace,
+    schedule::{pool::Pool, robin::Robin},
+    state::State,
+    table::{
+        blob::BlobPool,
+        paged::PagedQueue,
+        split::SplitMap,
+        task::{List, NIL, TaskTable},
+    },
+};
+
+/// What a shard is told when it is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Its number.
+    pub shard: ShardId,
+    /// Shards of the process.
+    pub shards: u16,
+    /// Bytes of a segment of its log.
+    pub segment_bytes: u64,
+    /// Secret that makes name hashes and jitter; any value, drawn anew at each start.
+    pub seed: u64,
+    /// Largest payload and result.
+    pub payload_bytes_max: u32,
+    /// Bytes of waiting tasks that may be held in memory.
+    pub fetched_bytes_max: usize,
+    /// Finished tasks kept for queries.
+    pub finished_max: u32,
+    /// Time for which a lease outlives its executor's connection.
+    pub lease_ms: u64,
+    /// Time for which a `task_id` names one task.
+    pub dedup_window_ms: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            shard: ShardId(0),
+            shards: 1,
+            segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
+            seed: 0,
+            payload_bytes_max: PAYLOAD_BYTES_DEFAULT as u32,
+            fetched_bytes_max: 64 << 20,
+            finished_max: 1_000_000,
+            lease_ms: 15_000,
+            dedup_window_ms: DEDUP_WINDOW_MS,
+        }
+    }
+}
+
+/// A change of the durable facts. Live, it is made when its record is appended and applied when that is durable; in a
+/// replay it is made from the record.
+#[derive(Clone, Debug)]
+pub(crate) enum Fact {
+    Accepted(Accepted),
+    Leased { request: RequestId, token: Token, binding: u32 },
+    Ended { request: RequestId, state: State, retries: u8, due_ms: u64, position: Lsn, code: Code },
+    Moved { request: RequestId, state: State },
+    Config { version: u64, change: Box<Change> },
+    Clock { next_seq: u64 },
+    /// All configuration stands in this segment or later ones.
+    ConfigComplete { segment: u64 },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Accepted {
+    pub(crate) request: RequestId,
+    pub(crate) tenant: TenantId,
+    pub(crate) function: FunctionId,
+    pub(crate) position: Lsn,
+    pub(crate) record_bytes: u32,
+    pub(crate) due_ms: u64,
+    pub(crate) max_age_s: u32,
+    pub(crate) cost: u16,
+    pub(crate) flags: u16,
+    /// Secret hash of the given name; 0 for none.
+    pub(crate) name: u128,
+    /// Secret hash of the ordering key; 0 for none.
+    pub(crate) key: u128,
+    pub(crate) payload_hash: u64,
+    /// Its lease is the next fact; it never enters its lane.
+    pub(crate) leased: bool,
+    /// First waiter; `NIL` for none.
+    pub(crate) waiter: u32,
+}
+
+/// What became of one sealed batch's worth of work, waiting for its flush.
+#[derive(Debug, Default)]
+pub(crate) struct Pending {
+    pub(crate) facts: Vec<Fact>,
+    /// What edges are told once it is durable.
+    pub(crate) edges: Effects,
+    /// Blobs to be kept in memory when their task is accepted: index of the fact, span in the log's buffer.
+    pub(crate) names: Vec<u128>,
+}
+
+/// One function's part of this shard: its lane, and who runs it.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    pub(crate) tenant: TenantId,
+    pub(crate) config: FunctionConfig,
+    pub(crate) live: bool,
+    /// Tasks that may start, in order.
+    pub(crate) waiting: List,
+    /// Tasks behind an ordering key's head.
+    pub(crate) behind_keys: u32,
+    /// Accepted, not durable, not leased at once.
+    pub(crate) unsettled: u32,
+    /// Tasks beyond `Enqueued`.
+    pub(crate) in_flight: u32,
+    /// Slots that nobody uses, over all bindings, and how many of them are promised to tasks being read.
+    pub(crate) free_slots: u32,
+    pub(crate) promised: u32,
+    /// Bindings that may have a free slot, in turn.
+    pub(crate) bindings: VecDeque<u32>,
+    /// Monotonic time until which it starts nothing.
+    pub(crate) parked_until_ns: u64,
+    pub(crate) in_ring: bool,
+    pub(crate) age_armed: bool,
+}
+
+/// One tenant's account queue on this shard.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    pub(crate) pool: Pool,
+    /// Tasks accepted and not beyond `Enqueued`.
+    pub(crate) waiting: u64,
+    pub(crate) waiting_max: u64,
+    /// Lanes that found no credit.
+    pub(crate) blocked: Vec<u32>,
+}
+
+/// An executor's registration for one function.
+#[derive(Debug)]
+pub(crate) struct Binding {
+    pub(crate) executor: u64,
+    pub(crate) function: FunctionId,
+    /// The function as the executor numbered it.
+    pub(crate) index: u16,
+    /// Slots lent by the edge, busy ones included; none while the connection is gone.
+    pub(crate) lent: u32,
+    /// Slots in use: leased, being leased, or timed out and not yet given back.
+    pub(crate) used: u32,
+    /// Leased tasks in the order of their start.
+    pub(crate) running: List,
+    /// It is in its lane's `bindings`.
+    pub(crate) queued: bool,
+    /// It is in `watch`.
+    pub(crate) watched: bool,
+}
+
+impl Binding {
+    pub(crate) fn free(&self) -> u32 {
+        self.lent.saturating_sub(self.used)
+    }
+}
+
+/// An executor as this shard knows it, over reconnects.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) connection: ConnectionId,
+    pub(crate) connected: bool,
+    pub(crate) bindings: Vec<u32>,
+    /// Attempts that timed out and whose slot has not come back.
+    pub(crate) overdue: BTreeMap<(RequestId, Token), u32>,
+    /// When its leases end; 0 while it is connected.
+    pub(crate) ends_ns: u64,
+}
+
+/// The entry of a given name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name {
+    pub(crate) request: RequestId,
+    pub(crate) payload_hash: u64,
+    pub(crate) segment: u32,
+}
+
+/// An ordering key with tasks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key {
+    pub(crate) hash: u128,
+    pub(crate) function: FunctionId,
+    /// The one task that may go beyond `Enqueued`; `NIL` while the key is held.
+    pub(crate) head: u32,
+    pub(crate) successors: List,
+    /// Tasks of the key that are not finished.
+    pub(crate) members: u32,
+    /// A failure holds it until its function is set to go on.
+    pub(crate) held: bool,
+}
+
+/// A caller waiting for a task's end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waiter {
+    pub(crate) connection: ConnectionId,
+    pub(crate) ticket: u64,
+    pub(crate) index: u32,
+    pub(crate) with_result: bool,
+    /// A query rather than a submit: it is answered with the task's view.
+    pub(crate) next: u32,
+}
+
+/// A wish that shard 0 is carrying out.
+#[derive(Debug)]
+pub(crate) struct Carried {
+    pub(crate) connection: ConnectionId,
+    pub(crate) ticket: u64,
+    pub(crate) changes: Vec<(u64, Change)>,
+    /// Reports of other shards still to come.
+    pub(crate) awaited: usize,
+}
+
+/// The state machine of one shard. Owned by one thread, never shared.
+#[derive(Debug)]
+pub struct Shard {
+    pub(crate) options: Options,
+    pub(crate) now: Now,
+    pub(crate) poisoned: bool,
+    pub(crate) replaying: bool,
+
+    // Facts.
+    pub(crate) directory: Directory,
+    pub(crate) tasks: TaskTable,
+    pub(crate) next_seq: u64,
+    pub(crate) names: SplitMap<Name>,
+    pub(crate) name_ages: PagedQueue<(u128, u64)>,
+    pub(crate) keys_by_hash: SplitMap<u32>,
+    pub(crate) keys: Vec<Key>,
+    pub(crate) free_keys: Vec<u32>,
+    pub(crate) finished: List,
+    /// Live references into each segment from `first_segment` on.
+    pub(crate) segments: VecDeque<u32>,
+    pub(crate) first_segment: u64,
+    /// Every tenant and function has a record in this segment or a later one.
+    pub(crate) config_segment: u64,
+
+    // Facts in another order.
+    pub(crate) lanes: Vec<Lane>,
+    pub(crate) queues: Vec<Queue>,
+    /// Scheduled and retrying tasks by logged time.
+    pub(crate) due: BTreeSet<(u64, u32)>,
+    /// Tasks whose age is not their lane's, by logged time.
+    pub(crate) ages: BTreeSet<(u64, u32)>,
+
+    // Volatile state.
+    pub(crate) robin: Robin,
+    pub(crate) lane_ages: BTreeSet<(u64, u32)>,
+    pub(crate) parks: BTreeSet<(u64, u32)>,
+    pub(crate) watch: BTreeSet<(u64, u32)>,
+    pub(crate) graces: BTreeSet<(u64, u64)>,
+    pub(crate) sessions: BTreeMap<u64, Session>,
+    pub(crate) bindings: Vec<Binding>,
+    pub(crate) free_bindings: Vec<u32>,
+    /// Leased tasks whose executor has not shown up since the start.
+    pub(crate) orphans: List,
+    pub(crate) orphans_end_ns: u64,
+    pub(crate) blobs: BlobPool,
+    pub(crate) waiters: Vec<Waiter>,
+    pub(crate) free_waiters: Vec<u32>,
+    pub(crate) doomed: Vec<u32>,
+    pub(crate) pending_names: BTreeMap<u128, (RequestId, u64, u64)>,
+    pub(crate) open: Pending,
+    pub(crate) open_number: u64,
+    pub(crate) sealed: VecDeque<Pending>,
+    pub(crate) spare: Vec<Pending>,
+    pub(crate) urgency: Urgency,
+    pub(crate) large_in_batch: bool,
+    pub(crate) large_in_last: bool,
+    pub(crate) clock_segment: Option<u64>,
+    pub(crate) deferred: VecDeque<Control>,
+    pub(crate) wishes: VecDeque<(ConnectionId, u64, Wish)>,
+    pub(crate) carried: Option<Carried>,
+    pub(crate) dump: Option<(u64, usize)>,
+    pub(crate) counters: Counters,
+}
+
+impl Shard {
+    /// An empty shard. Feed it the log with [`Shard::replay`], then call [`Shard::start`].
+    pub fn new(options: Options) -> Shard {
+        Shard {
+            options,
+            now: Now::default(),
+            poisoned: false,
+            replaying: true,
+            directory: Directory::default(),
+            tasks: TaskTable::default(),
+            next_seq: 1,
+            names: SplitMap::default(),
+            name_ages: PagedQueue::default(),
+            keys_by_hash: SplitMap::default(),
+            keys: Vec::new(),
+            free_keys: Vec::new(),
+            finished: List::default(),
+            segments: VecDeque::new(),
+            first_segment: 0,
+            config_segment: 0,
+            lanes: Vec::new(),
+            queues: Vec::new(),
+            due: BTreeSet::new(),
+            ages: BTreeSet::new(),
+            robin: Robin::default(),
+            lane_ages: BTreeSet::new(),
+            parks: BTreeSet::new(),
+            watch: BTreeSet::new(),
+            graces: BTreeSet::new(),
+            sessions: BTreeMap::new(),
+            bindings: Vec::new(),
+            free_bindings: Vec::new(),
+            orphans: List::default(),
+            orphans_end_ns: 0,
+            blobs: BlobPool::default(),
+            waiters: Vec::new(),
+            free_waiters: Vec::new(),
+            doomed: Vec::new(),
+            pending_names: BTreeMap::new(),
+            open: Pending::default(),
+            open_number: 0,
+            sealed: VecDeque::new(),
+            spare: Vec::new(),
+            urgency: Urgency::Nothing,
+            large_in_batch: false,
+            large_in_last: false,
+            clock_segment: None,
+            deferred: VecDeque::new(),
+            wishes: VecDeque::new(),
+            carried: None,
+            dump: None,
+            counters: Counters::default(),
+        }
+    }
+
+    /// One turn: what became durable takes effect, what arrived is decided, what may start is leased. `space` is the
+    /// batch being filled; the caller seals it as `effects.urgency` says and then calls [`Shard::on_sealed`].
+    pub fn step(
+        &mut self,
+        now: Now,
+        durable: Option<Durable<'_>>,
+        inbox: &mut Inbox,
+        space: &mut BatchSpace<'_>,
+        effects: &mut Effects,
+    ) {
+        assert!(now.mono_ns >= self.now.mono_ns && now.logged_ms >= self.now.logged_ms, "time does not go back");
+        assert!(!self.replaying, "a shard starts before it steps");
+        self.now = now;
+        if let Some(durable) = durable {
+            self.commit(durable, effects);
+        }
+        if self.poisoned {
+            self.refuse_everything(inbox, effects);
+            return;
+        }
+        self.open_segment(space);
+        self.timers(space);
+        self.fetched(&mut inbox.fetched, space);
+        self.control(inbox, space, effects);
+        self.submits(inbox, space, effects);
+        self.receive(space, effects);
+        self.carry_config(space);
+        effects.urgency = self.urgency;
+    }
+
+    /// The caller has sealed the batch: what was appended since the last call waits for its flush.
+    pub fn on_sealed(&mut self) {
+        let next = self.spare.pop().unwrap_or_default();
+        self.sealed.push_back(core::mem::replace(&mut self.open, next));
+        self.open_number += 1;
+        self.urgency = Urgency::Nothing;
+        self.large_in_last = self.large_in_batch;
+        self.large_in_batch = false;
+    }
+
+    /// The log is poisoned: whoever waits is told `UNAVAILABLE`, and so is everybody from now on.
+    pub fn on_poisoned(&mut self, effects: &mut Effects) {
+        self.poisoned = true;
+        let open = core::mem::take(&mut self.open);
+        for mut pending in self.sealed.drain(..).chain([open]) {
+            for edge in &mut pending.edges.edges {
+                for answer in &mut edge.answers {
+                    answer.code = Code::Unavailable;
+                    answer.durable = false;
+                    answer.request = RequestId::default();
+                    answer.what = LOG_FAILED;
+                }
+                edge.executes.clear();
+                edge.acks.clear();
+                for (_, _, reply) in &mut edge.replies {
+                    *reply = crate::event::Reply::Refused { code: Code::Unavailable, what: LOG_FAILED };
+                }
+            }
+            for (index, edge) in pending.edges.edges.iter_mut().enumerate() {
+                effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
+            }
+        }
+    }
+
+    /// Everything before this position is dead and may be recycled.
+    pub fn retire_before(&self) -> Lsn {
+        Lsn(self.first_segment * self.options.segment_bytes)
+    }
+
+    /// When the next timer is due, in monotonic nanoseconds; `None` if nothing is.
+    pub fn next_wake_ns(&self) -> Option<u64> {
+        let mono = [
+            self.parks.first().map(|entry| entry.0),
+            self.watch.first().map(|entry| entry.0),
+            self.graces.first().map(|entry| entry.0),
+            (self.orphans.count > 0).then_some(self.orphans_end_ns),
+            (!self.deferred.is_empty() && self.sealed.is_empty()).then_some(self.now.mono_ns),
+            (!self.doomed.is_empty()).then_some(self.now.mono_ns + 1_000_000),
+        ];
+        let logged = [
+            self.due.first().map(|entry| entry.0),
+            self.ages.first().map(|entry| entry.0),
+            self.lane_ages.first().map(|entry| entry.0),
+            self.name_ages.front().map(|entry| entry.1 + self.options.dedup_window_ms),
+        ];
+        let logged = logged.into_iter().flatten().min();
+        let logged = logged.map(|at| self.now.mono_ns + at.saturating_sub(self.now.logged_ms) * 1_000_000);
+        mono.into_iter().flatten().chain(logged).min()
+    }
+
+    /// Tenants and functions.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// The largest logged time that a replay has seen; logged time starts from there at least.
+    pub fn last_logged_ms(&self) -> u64 {
+        self.now.logged_ms
+    }
+
+    /// Counters and gauges as of now.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            tasks: u64::from(self.tasks.live()),
+            waiting: self.lanes.iter().map(|lane| u64::from(lane.waiting.count + lane.behind_keys)).sum(),
+            running: self.bindings.iter().map(|binding| u64::from(binding.running.count)).sum::<u64>()
+                + u64::from(self.orphans.count),
+            finished: u64::from(self.finished.count),
+            names: self.names.len() as u64,
+            fetched_bytes: self.blobs.bytes() as u64,
+            ..self.counters
+        }
+    }
+
+    pub(crate) fn lane_mut(&mut self, function: FunctionId, tenant: TenantId) -> &mut Lane {
+        let index = function.0 as usize;
+        while self.lanes.len() <= index {
+            self.lanes.push(Lane {
+                tenant,
+                config: FunctionConfig::default(),
+                live: false,
+                waiting: List::default(),
+                behind_keys: 0,
+                unsettled: 0,
+                in_flight: 0,
+                free_slots: 0,
+                promised: 0,
+                bindings: VecDeque::new(),
+                parked_until_ns: 0,
+                in_ring: false,
+                age_armed: false,
+            });
+        }
+        self.queue_mut(tenant);
+        &mut self.lanes[index]
+    }
+
+    pub(crate) fn queue_mut(&mut self, tenant: TenantId) -> &mut Queue {
+        let index = tenant.0 as usize;
+        if self.queues.len() <= index {
+            self.queues.resize_with(index + 1, || Queue { waiting_max: u64::MAX, ..Queue::default() });
+        }
+        &mut self.queues[index]
+    }
+
+    pub(crate) fn tenant_of(&self, slot: u32) -> TenantId {
+        self.lanes[self.tasks[slot].function.0 as usize].tenant
+    }
+
+    pub(crate) fn note(&mut self, urgency: Urgency) {
+        self.urgency = self.urgency.max(urgency);
+    }
+
+    pub(crate) fn segment_of(&self, position: Lsn) -> u64 {
+        position.0 / self.options.segment_bytes
+    }
+
+    /// The edge's part of what is sent when the open batch is durable.
+    pub(crate) fn after_flush(&mut self, connection: ConnectionId) -> &mut EdgeBatch {
+        self.open.edges.edge(connection.edge())
+    }
+
+    pub(crate) fn add_waiter(&mut self, first: u32, waiter: Waiter) -> u32 {
+        let waiter = Waiter { next: first, ..waiter };
+        match self.free_waiters.pop() {
+            Some(index) => {
+                self.waiters[index as usize] = waiter;
+                index
+            }
+            None => {
+                assert!(self.waiters.len() < NIL as usize);
+                self.waiters.push(waiter);
+                self.waiters.len() as u32 - 1
+            }
+        }
+    }
+}
+
+pub(crate) const LOG_FAILED: &str =
+    "the shard's log has failed; whether an unanswered task was accepted is unknown: send the same task_id again later";
