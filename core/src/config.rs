@@ -311,9 +311,20 @@ impl Directory {
                 tenant.config = *config;
                 self.tenants_by_name.insert(name.clone(), *id);
             }
-            Change::Function { id, tenant, name, config } => {
+            Change::Function {
+                id,
+                tenant,
+                name,
+                config,
+            } => {
                 let home = place(&self.tenant_entry(*tenant).name, name, "");
-                *self.function_entry(*id) = Function { tenant: *tenant, name: name.to_string(), config: *config, home, live: true };
+                *self.function_entry(*id) = Function {
+                    tenant: *tenant,
+                    name: name.to_string(),
+                    config: *config,
+                    home,
+                    live: true,
+                };
                 self.functions_by_name.insert((*tenant, name.clone()), *id);
             }
             Change::FunctionRemoved { id } => {
@@ -331,7 +342,10 @@ impl Directory {
     fn tenant_entry(&mut self, id: TenantId) -> &mut Tenant {
         let index = id.0 as usize;
         if self.tenants.len() <= index {
-            self.tenants.resize_with(index + 1, || Tenant { name: String::new(), config: TenantConfig::default() });
+            self.tenants.resize_with(index + 1, || Tenant {
+                name: String::new(),
+                config: TenantConfig::default(),
+            });
         }
         &mut self.tenants[index]
     }

@@ -23,7 +23,10 @@ pub struct Span {
 impl Span {
     /// The span from `start` with `len` bytes; both fit 32 bits because a batch does.
     pub fn new(start: usize, len: usize) -> Span {
-        Span { start: start as u32, len: len as u32 }
+        Span {
+            start: start as u32,
+            len: len as u32,
+        }
     }
 
     /// The same as a range.
@@ -225,19 +228,47 @@ pub enum Control {
     /// Attempts ended.
     Outcomes(OutcomeBatch),
     /// An executor connected, or connected again.
-    SessionOpened { executor: u64, connection: ConnectionId },
+    SessionOpened {
+        executor: u64,
+        connection: ConnectionId,
+    },
     /// An executor's edge lends this shard `count` slots of one function in all, busy ones included.
-    SlotsLent { executor: u64, function: FunctionId, index: u16, count: u32 },
+    SlotsLent {
+        executor: u64,
+        function: FunctionId,
+        index: u16,
+        count: u32,
+    },
     /// The leases that an executor holds after it connected again; what it does not name was never delivered.
-    LeasesPresented { executor: u64, connection: ConnectionId, ticket: u64, leases: Vec<(RequestId, Token)> },
+    LeasesPresented {
+        executor: u64,
+        connection: ConnectionId,
+        ticket: u64,
+        leases: Vec<(RequestId, Token)>,
+    },
     /// The executor's connection is gone; its leases live on for one term.
-    SessionLost { executor: u64, connection: ConnectionId },
+    SessionLost {
+        executor: u64,
+        connection: ConnectionId,
+    },
     /// The executor left for good and gives back what it holds.
-    SessionClosed { executor: u64, connection: ConnectionId },
+    SessionClosed {
+        executor: u64,
+        connection: ConnectionId,
+    },
     /// A caller asks about tasks.
-    Query { connection: ConnectionId, ticket: u64, tenant: TenantId, query: Query },
+    Query {
+        connection: ConnectionId,
+        ticket: u64,
+        tenant: TenantId,
+        query: Query,
+    },
     /// A caller wants other configuration; only shard 0 gets this.
-    Configure { connection: ConnectionId, ticket: u64, wish: Wish },
+    Configure {
+        connection: ConnectionId,
+        ticket: u64,
+        wish: Wish,
+    },
     /// Shard 0 orders a change.
     Apply { version: u64, change: Change },
     /// A shard has logged a change; only shard 0 gets this.
@@ -480,23 +511,31 @@ impl EdgeBatch {
             return;
         }
         let shift = self.bytes.len() as u32;
-        let moved = |span: Span| Span { start: span.start + shift, len: span.len };
+        let moved = |span: Span| Span {
+            start: span.start + shift,
+            len: span.len,
+        };
         let first = self.answers.len() as u32;
-        self.runs.extend(other.runs.drain(..).map(|run| AnswerRun { first: run.first + first, ..run }));
+        self.runs.extend(other.runs.drain(..).map(|run| AnswerRun {
+            first: run.first + first,
+            ..run
+        }));
         self.answers.append(&mut other.answers);
-        self.executes.extend(other.executes.drain(..).map(|execute| Execute {
-            task_id: moved(execute.task_id),
-            key: moved(execute.key),
-            content_type: moved(execute.content_type),
-            traceparent: moved(execute.traceparent),
-            payload: moved(execute.payload),
-            ..execute
-        }));
-        self.finished.extend(other.finished.drain(..).map(|finished| Finished {
-            error: moved(finished.error),
-            result: moved(finished.result),
-            ..finished
-        }));
+        self.executes
+            .extend(other.executes.drain(..).map(|execute| Execute {
+                task_id: moved(execute.task_id),
+                key: moved(execute.key),
+                content_type: moved(execute.content_type),
+                traceparent: moved(execute.traceparent),
+                payload: moved(execute.payload),
+                ..execute
+            }));
+        self.finished
+            .extend(other.finished.drain(..).map(|finished| Finished {
+                error: moved(finished.error),
+                result: moved(finished.result),
+                ..finished
+            }));
         self.acks.append(&mut other.acks);
         self.cancels.append(&mut other.cancels);
         self.replies.append(&mut other.replies);

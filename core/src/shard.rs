@@ -71,13 +71,34 @@ impl Default for Options {
 #[derive(Clone, Debug)]
 pub(crate) enum Fact {
     Accepted(Accepted),
-    Leased { request: RequestId, token: Token, binding: u32 },
-    Ended { request: RequestId, state: State, retries: u8, due_ms: u64, position: Lsn, code: Code },
-    Moved { request: RequestId, state: State },
-    Config { version: u64, change: Box<Change> },
-    Clock { next_seq: u64 },
+    Leased {
+        request: RequestId,
+        token: Token,
+        binding: u32,
+    },
+    Ended {
+        request: RequestId,
+        state: State,
+        retries: u8,
+        due_ms: u64,
+        position: Lsn,
+        code: Code,
+    },
+    Moved {
+        request: RequestId,
+        state: State,
+    },
+    Config {
+        version: u64,
+        change: Box<Change>,
+    },
+    Clock {
+        next_seq: u64,
+    },
     /// All configuration stands in this segment or later ones.
-    ConfigComplete { segment: u64 },
+    ConfigComplete {
+        segment: u64,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -357,7 +378,10 @@ impl Shard {
         space: &mut BatchSpace<'_>,
         effects: &mut Effects,
     ) {
-        assert!(now.mono_ns >= self.now.mono_ns && now.logged_ms >= self.now.logged_ms, "time does not go back");
+        assert!(
+            now.mono_ns >= self.now.mono_ns && now.logged_ms >= self.now.logged_ms,
+            "time does not go back"
+        );
         assert!(!self.replaying, "a shard starts before it steps");
         self.now = now;
         if let Some(durable) = durable {
@@ -380,7 +404,8 @@ impl Shard {
     /// The caller has sealed the batch: what was appended since the last call waits for its flush.
     pub fn on_sealed(&mut self) {
         let next = self.spare.pop().unwrap_or_default();
-        self.sealed.push_back(core::mem::replace(&mut self.open, next));
+        self.sealed
+            .push_back(core::mem::replace(&mut self.open, next));
         self.open_number += 1;
         self.urgency = Urgency::Nothing;
         self.large_in_last = self.large_in_batch;
@@ -402,7 +427,10 @@ impl Shard {
                 edge.executes.clear();
                 edge.acks.clear();
                 for (_, _, reply) in &mut edge.replies {
-                    *reply = crate::event::Reply::Refused { code: Code::Unavailable, what: LOG_FAILED };
+                    *reply = crate::event::Reply::Refused {
+                        code: Code::Unavailable,
+                        what: LOG_FAILED,
+                    };
                 }
             }
             for (index, edge) in pending.edges.edges.iter_mut().enumerate() {
@@ -430,10 +458,13 @@ impl Shard {
             self.due.first().map(|entry| entry.0),
             self.ages.first().map(|entry| entry.0),
             self.lane_ages.first().map(|entry| entry.0),
-            self.name_ages.front().map(|entry| entry.1 + self.options.dedup_window_ms),
+            self.name_ages
+                .front()
+                .map(|entry| entry.1 + self.options.dedup_window_ms),
         ];
         let logged = logged.into_iter().flatten().min();
-        let logged = logged.map(|at| self.now.mono_ns + at.saturating_sub(self.now.logged_ms) * 1_000_000);
+        let logged =
+            logged.map(|at| self.now.mono_ns + at.saturating_sub(self.now.logged_ms) * 1_000_000);
         mono.into_iter().flatten().chain(logged).min()
     }
 
@@ -451,8 +482,16 @@ impl Shard {
     pub fn counters(&self) -> Counters {
         Counters {
             tasks: u64::from(self.tasks.live()),
-            waiting: self.lanes.iter().map(|lane| u64::from(lane.waiting.count + lane.behind_keys)).sum(),
-            running: self.bindings.iter().map(|binding| u64::from(binding.running.count)).sum::<u64>()
+            waiting: self
+                .lanes
+                .iter()
+                .map(|lane| u64::from(lane.waiting.count + lane.behind_keys))
+                .sum(),
+            running: self
+                .bindings
+                .iter()
+                .map(|binding| u64::from(binding.running.count))
+                .sum::<u64>()
                 + u64::from(self.orphans.count),
             finished: u64::from(self.finished.count),
             names: self.names.len() as u64,
@@ -487,7 +526,10 @@ impl Shard {
     pub(crate) fn queue_mut(&mut self, tenant: TenantId) -> &mut Queue {
         let index = tenant.0 as usize;
         if self.queues.len() <= index {
-            self.queues.resize_with(index + 1, || Queue { waiting_max: u64::MAX, ..Queue::default() });
+            self.queues.resize_with(index + 1, || Queue {
+                waiting_max: u64::MAX,
+                ..Queue::default()
+            });
         }
         &mut self.queues[index]
     }
@@ -510,7 +552,10 @@ impl Shard {
     }
 
     pub(crate) fn add_waiter(&mut self, first: u32, waiter: Waiter) -> u32 {
-        let waiter = Waiter { next: first, ..waiter };
+        let waiter = Waiter {
+            next: first,
+            ..waiter
+        };
         match self.free_waiters.pop() {
             Some(index) => {
                 self.waiters[index as usize] = waiter;
@@ -525,5 +570,4 @@ impl Shard {
     }
 }
 
-pub(crate) const LOG_FAILED: &str =
-    "the shard's log has failed; whether an unanswered task was accepted is unknown: send the same task_id again later";
+pub(crate) const LOG_FAILED: &str = "the shard's log has failed; whether an unanswered task was accepted is unknown: send the same task_id again later";

@@ -7,7 +7,10 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::{
     error::Code,
-    event::{Answer, AnswerRun, Durability, Effects, Execute, Inbox, Span, Start, SubmitBatch, SubmitTask, Urgency, stow},
+    event::{
+        Answer, AnswerRun, Durability, Effects, Execute, Inbox, Span, Start, SubmitBatch,
+        SubmitTask, Urgency, stow,
+    },
     id::{FunctionId, RequestId, SlotIndex, Token},
     limits::DELAY_MS_MAX,
     record::{BatchSpace, Schema, TaskRecordV1},
@@ -29,7 +32,12 @@ struct Refusal {
 }
 
 impl Shard {
-    pub(crate) fn submits(&mut self, inbox: &mut Inbox, space: &mut BatchSpace<'_>, effects: &mut Effects) {
+    pub(crate) fn submits(
+        &mut self,
+        inbox: &mut Inbox,
+        space: &mut BatchSpace<'_>,
+        effects: &mut Effects,
+    ) {
         while let Some(mut batch) = inbox.submits.pop_front() {
             self.admit(&mut batch, inbox.disk_has_room, space, effects);
             if batch.done < batch.tasks.len() {
@@ -41,7 +49,13 @@ impl Shard {
     }
 
     /// Takes tasks of a batch in order until all are dealt with or the open batch has no room.
-    fn admit(&mut self, batch: &mut SubmitBatch, disk_has_room: bool, space: &mut BatchSpace<'_>, effects: &mut Effects) {
+    fn admit(
+        &mut self,
+        batch: &mut SubmitBatch,
+        disk_has_room: bool,
+        space: &mut BatchSpace<'_>,
+        effects: &mut Effects,
+    ) {
         let edge = batch.connection.edge();
         let first_pending = self.open.edges.edge(edge).answers.len();
         let first_at_once = effects.edge(edge).answers.len();
@@ -64,7 +78,11 @@ impl Shard {
             if let Some(refusal) = self.refusal(batch, task, disk_has_room) {
                 self.counters.refused += 1;
                 (answer.code, answer.what) = (refusal.code, refusal.what);
-                answer.retry_after_ms = if refusal.code.retryable() { RETRY_AFTER_MS } else { 0 };
+                answer.retry_after_ms = if refusal.code.retryable() {
+                    RETRY_AFTER_MS
+                } else {
+                    0
+                };
             } else if let Some((request, hash, number)) = self.known_name(name) {
                 self.counters.duplicates += 1;
                 answer.request = request;
@@ -90,13 +108,15 @@ impl Shard {
                     }
                 } else {
                     answer.code = Code::IdReused;
-                    answer.what = "this task_id was given with another payload; choose another task_id";
+                    answer.what =
+                        "this task_id was given with another payload; choose another task_id";
                     answer.request = RequestId::default();
                 }
             } else {
                 let Some(request) = self.accept(batch, batch.done, name, variable, space) else {
                     answer.code = Code::ResourceExhausted;
-                    answer.what = "the shard's task table is full; try again when tasks have finished";
+                    answer.what =
+                        "the shard's task table is full; try again when tasks have finished";
                     effects.edge(edge).answers.push(answer);
                     batch.done += 1;
                     continue;
@@ -105,7 +125,11 @@ impl Shard {
                 answer.durable = task.durability == Durability::Disk;
                 at_once = !answer.durable;
             }
-            let target = if at_once { effects.edge(edge) } else { self.open.edges.edge(edge) };
+            let target = if at_once {
+                effects.edge(edge)
+            } else {
+                self.open.edges.edge(edge)
+            };
             target.answers.push(answer);
             batch.done += 1;
         }
@@ -113,11 +137,27 @@ impl Shard {
         self.close_runs(batch, first_pending, end, first_at_once, effects);
     }
 
-    fn close_runs(&mut self, batch: &SubmitBatch, first: usize, end: usize, first_at_once: usize, effects: &mut Effects) {
+    fn close_runs(
+        &mut self,
+        batch: &SubmitBatch,
+        first: usize,
+        end: usize,
+        first_at_once: usize,
+        effects: &mut Effects,
+    ) {
         let (connection, ticket) = (batch.connection, batch.ticket);
-        let run = |first: usize, end: usize| AnswerRun { connection, ticket, first: first as u32, count: (end - first) as u32 };
+        let run = |first: usize, end: usize| AnswerRun {
+            connection,
+            ticket,
+            first: first as u32,
+            count: (end - first) as u32,
+        };
         if end > first {
-            self.open.edges.edge(connection.edge()).runs.push(run(first, end));
+            self.open
+                .edges
+                .edge(connection.edge())
+                .runs
+                .push(run(first, end));
         }
         let edge = effects.edge(connection.edge());
         if edge.answers.len() > first_at_once {
@@ -125,13 +165,28 @@ impl Shard {
         }
     }
 
-    fn refusal(&self, batch: &SubmitBatch, task: &SubmitTask, disk_has_room: bool) -> Option<Refusal> {
+    fn refusal(
+        &self,
+        batch: &SubmitBatch,
+        task: &SubmitTask,
+        disk_has_room: bool,
+    ) -> Option<Refusal> {
         let refuse = |code, what| Some(Refusal { code, what });
-        let Some(lane) = self.lanes.get(task.function.0 as usize).filter(|lane| lane.live && lane.tenant == batch.tenant) else {
-            return refuse(Code::NotFound, "there is no such function; `pelton function set NAME` makes it");
+        let Some(lane) = self
+            .lanes
+            .get(task.function.0 as usize)
+            .filter(|lane| lane.live && lane.tenant == batch.tenant)
+        else {
+            return refuse(
+                Code::NotFound,
+                "there is no such function; `pelton function set NAME` makes it",
+            );
         };
         if task.payload.len > self.options.payload_bytes_max {
-            return refuse(Code::PayloadTooLarge, "the payload exceeds payload_bytes_max; store it elsewhere and send a reference");
+            return refuse(
+                Code::PayloadTooLarge,
+                "the payload exceeds payload_bytes_max; store it elsewhere and send a reference",
+            );
         }
         let delay_ms = match task.start {
             Start::Now => 0,
@@ -139,7 +194,10 @@ impl Shard {
             Start::AtMs(at) => at.saturating_sub(self.now.logged_ms),
         };
         if delay_ms > DELAY_MS_MAX {
-            return refuse(Code::InvalidArgument, "a task can be delayed by 366 days at most");
+            return refuse(
+                Code::InvalidArgument,
+                "a task can be delayed by 366 days at most",
+            );
         }
         if task.max_age_s > crate::limits::MAX_AGE_S_MAX {
             return refuse(Code::InvalidArgument, "max_age_s must be 1 to 604800");
@@ -148,11 +206,17 @@ impl Shard {
             return refuse(Code::InvalidArgument, "cost must be 1 to 1000");
         }
         if !disk_has_room {
-            return refuse(Code::ResourceExhausted, "the disk is filled to its high-water mark; free space or wait until tasks have finished");
+            return refuse(
+                Code::ResourceExhausted,
+                "the disk is filled to its high-water mark; free space or wait until tasks have finished",
+            );
         }
         let queue = &self.queues[lane.tenant.0 as usize];
         if queue.waiting >= queue.waiting_max {
-            return refuse(Code::ResourceExhausted, "the tenant's bound of waiting tasks is reached; wait until some have run");
+            return refuse(
+                Code::ResourceExhausted,
+                "the tenant's bound of waiting tasks is reached; wait until some have run",
+            );
         }
         None
     }
@@ -161,7 +225,12 @@ impl Shard {
         if task.task_id.is_empty() {
             return 0;
         }
-        name_hash(self.options.seed, task.function, &bytes[task.key.range()], &bytes[task.task_id.range()])
+        name_hash(
+            self.options.seed,
+            task.function,
+            &bytes[task.key.range()],
+            &bytes[task.task_id.range()],
+        )
     }
 
     /// The task that has this name, the hash of its payload, and the batch that it waits in if it is not durable yet.
@@ -172,7 +241,9 @@ impl Shard {
         if let Some(known) = self.names.get(name) {
             return Some((known.request, known.payload_hash, None));
         }
-        self.pending_names.get(&name).map(|&(request, hash, number)| (request, hash, Some(number)))
+        self.pending_names
+            .get(&name)
+            .map(|&(request, hash, number)| (request, hash, Some(number)))
     }
 
     /// Reserves and appends. `None` if the task table is full.
@@ -187,13 +258,24 @@ impl Shard {
         let task = &batch.tasks[at];
         let bytes = &batch.bytes;
         let slot = self.tasks.reserve()?;
-        let request = RequestId::new(task.cell, self.now.logged_ms, self.next_seq, SlotIndex(slot));
+        let request = RequestId::new(
+            task.cell,
+            self.now.logged_ms,
+            self.next_seq,
+            SlotIndex(slot),
+        );
         self.next_seq += 1;
         let due_ms = match task.start {
             Start::Now => 0,
             Start::DelayMs(0) => 0,
             Start::DelayMs(delay) => self.now.logged_ms + delay,
-            Start::AtMs(at) => if at <= self.now.logged_ms { 0 } else { at },
+            Start::AtMs(at) => {
+                if at <= self.now.logged_ms {
+                    0
+                } else {
+                    at
+                }
+            }
         };
         let payload = &bytes[task.payload.range()];
         let payload_hash = if name == 0 { 0 } else { payload_hash(payload) };
@@ -218,19 +300,34 @@ impl Shard {
         let placed = space.append(Schema::Task, &record);
         self.large_in_batch |= variable > crate::limits::RECORD_BYTES_LARGE;
         let key = key_hash(self.options.seed, task.function, &bytes[task.key.range()]);
-        let meta = task.task_id.len + task.key.len + task.content_type.len + task.traceparent.len > 0;
+        let meta =
+            task.task_id.len + task.key.len + task.content_type.len + task.traceparent.len > 0;
         let waiter = if batch.notify {
             let (connection, ticket) = (batch.connection, batch.ticket);
-            self.add_waiter(NIL, Waiter { connection, ticket, index: task.index, with_result: batch.with_result, next: NIL })
+            self.add_waiter(
+                NIL,
+                Waiter {
+                    connection,
+                    ticket,
+                    index: task.index,
+                    with_result: batch.with_result,
+                    next: NIL,
+                },
+            )
         } else {
             NIL
         };
-        let binding = if due_ms == 0 && key == 0 { self.binding_at_once(task.function) } else { None };
+        let binding = if due_ms == 0 && key == 0 {
+            self.binding_at_once(task.function)
+        } else {
+            None
+        };
         let lane = &mut self.lanes[task.function.0 as usize];
         lane.unsettled += u32::from(binding.is_none());
         self.queues[batch.tenant.0 as usize].waiting += u64::from(binding.is_none());
         if name != 0 {
-            self.pending_names.insert(name, (request, payload_hash, self.open_number));
+            self.pending_names
+                .insert(name, (request, payload_hash, self.open_number));
             self.open.names.push(name);
         }
         self.open.facts.push(Fact::Accepted(Accepted {
@@ -243,7 +340,11 @@ impl Shard {
             max_age_s: task.max_age_s,
             cost: task.cost.max(1),
             flags: if meta { FLAG_META } else { 0 }
-                | if task.durability == Durability::Memory { FLAG_MEMORY } else { 0 },
+                | if task.durability == Durability::Memory {
+                    FLAG_MEMORY
+                } else {
+                    0
+                },
             name,
             key,
             payload_hash,
@@ -253,7 +354,10 @@ impl Shard {
         self.note(Urgency::Now);
         self.counters.accepted += 1;
         if let Some(binding) = binding {
-            let token = Token { generation: 0, attempt: 1 };
+            let token = Token {
+                generation: 0,
+                attempt: 1,
+            };
             self.append_lease(request, token, binding, space);
             let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
             let (connection, index) = self.executor_of(binding);
@@ -285,14 +389,23 @@ impl Shard {
         if !self.queues[queue].pool.take() {
             return None;
         }
-        let binding = self.use_slot(function).expect("`may_start` has seen a free slot");
+        let binding = self
+            .use_slot(function)
+            .expect("`may_start` has seen a free slot");
         self.lanes[function.0 as usize].in_flight += 1;
         Some(binding)
     }
 }
 
 fn variable_bytes(task: &SubmitTask) -> usize {
-    let spans = [task.task_id, task.key, task.content_type, task.traceparent, task.tags, task.payload];
+    let spans = [
+        task.task_id,
+        task.key,
+        task.content_type,
+        task.traceparent,
+        task.tags,
+        task.payload,
+    ];
     // The lease that may follow at once is counted in.
     spans.iter().map(|span| span.len as usize).sum::<usize>() + 256
 }

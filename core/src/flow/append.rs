@@ -20,9 +20,14 @@ impl Shard {
         }
         self.clock_segment = Some(segment);
         self.see_segment(segment);
-        let record = ClockRecordV1 { logged_ms: self.now.logged_ms, next_seq: self.next_seq };
+        let record = ClockRecordV1 {
+            logged_ms: self.now.logged_ms,
+            next_seq: self.next_seq,
+        };
         space.append(Schema::Clock, &record);
-        self.open.facts.push(Fact::Clock { next_seq: self.next_seq });
+        self.open.facts.push(Fact::Clock {
+            next_seq: self.next_seq,
+        });
         self.note(Urgency::Soon);
     }
 
@@ -34,10 +39,17 @@ impl Shard {
             return false;
         }
         // A batch at the seal mark keeps its last megabyte for a large record that is already on its way in.
-        (space.len < BATCH_BYTES_SEAL || self.sealed.is_empty()) && record_bytes(variable) <= space.room()
+        (space.len < BATCH_BYTES_SEAL || self.sealed.is_empty())
+            && record_bytes(variable) <= space.room()
     }
 
-    pub(crate) fn append_lease(&mut self, request: RequestId, token: Token, binding: u32, space: &mut BatchSpace<'_>) {
+    pub(crate) fn append_lease(
+        &mut self,
+        request: RequestId,
+        token: Token,
+        binding: u32,
+        space: &mut BatchSpace<'_>,
+    ) {
         let record = LeaseRecordV1 {
             request: request.0,
             executor: self.bindings[binding as usize].executor,
@@ -46,16 +58,29 @@ impl Shard {
             attempt: token.attempt,
         };
         space.append(Schema::Lease, &record);
-        self.open.facts.push(Fact::Leased { request, token, binding });
+        self.open.facts.push(Fact::Leased {
+            request,
+            token,
+            binding,
+        });
         self.note(Urgency::Now);
     }
 
     /// Appends a change of state that ends no attempt. The task stays as it is, busy, until that is durable.
-    pub(crate) fn append_move(&mut self, slot: u32, state: State, space: &mut BatchSpace<'_>) -> Lsn {
+    pub(crate) fn append_move(
+        &mut self,
+        slot: u32,
+        state: State,
+        space: &mut BatchSpace<'_>,
+    ) -> Lsn {
         let task = &mut self.tasks[slot];
         task.set(FLAG_BUSY);
         let request = task.request(slot);
-        let record = MoveRecordV1 { request: request.0, at_ms: self.now.logged_ms, state: state as u8 };
+        let record = MoveRecordV1 {
+            request: request.0,
+            at_ms: self.now.logged_ms,
+            state: state as u8,
+        };
         let placed = space.append(Schema::Move, &record);
         self.open.facts.push(Fact::Moved { request, state });
         self.note(Urgency::Now);

@@ -14,12 +14,24 @@ impl Shard {
         let mut walk = |list: &List, what: &str, allowed: &[State]| {
             let (mut slot, mut prev, mut count) = (list.head, NIL, 0);
             while slot != NIL {
-                let task = self.tasks.get(slot).unwrap_or_else(|| panic!("{what}: slot {slot} is empty"));
+                let task = self
+                    .tasks
+                    .get(slot)
+                    .unwrap_or_else(|| panic!("{what}: slot {slot} is empty"));
                 assert_eq!(task.prev, prev, "{what}: links agree");
-                assert!(allowed.contains(&task.state()), "{what}: {:?} in {:?}", task.request(slot), task.state());
+                assert!(
+                    allowed.contains(&task.state()),
+                    "{what}: {:?} in {:?}",
+                    task.request(slot),
+                    task.state()
+                );
                 (prev, slot, count) = (slot, task.next, count + 1);
             }
-            assert_eq!((prev, count), (list.tail, list.count), "{what}: tail and count");
+            assert_eq!(
+                (prev, count),
+                (list.tail, list.count),
+                "{what}: tail and count"
+            );
             in_lists += count;
         };
         walk(&self.finished, "finished", &State::ALL[7..]);
@@ -28,21 +40,35 @@ impl Shard {
             walk(&lane.waiting, "lane", &[State::Enqueued]);
         }
         for binding in &self.bindings {
-            walk(&binding.running, "binding", &[State::Running, State::Stopping]);
-            assert!(binding.used >= binding.running.count, "a running task holds a slot");
+            walk(
+                &binding.running,
+                "binding",
+                &[State::Running, State::Stopping],
+            );
+            assert!(
+                binding.used >= binding.running.count,
+                "a running task holds a slot"
+            );
         }
         for key in self.keys.iter().filter(|key| key.members > 0) {
             walk(&key.successors, "key", &[State::Enqueued]);
             if key.head != NIL {
-                assert!(self.tasks[key.head].has(FLAG_KEY_HEAD), "a key's head knows that it is");
+                assert!(
+                    self.tasks[key.head].has(FLAG_KEY_HEAD),
+                    "a key's head knows that it is"
+                );
             }
         }
         let mut loose = 0;
         let mut beyond = alloc::vec![0u32; self.lanes.len()];
         for slot in 0..self.tasks.used() {
-            let Some(task) = self.tasks.get(slot) else { continue };
+            let Some(task) = self.tasks.get(slot) else {
+                continue;
+            };
             match task.state() {
-                State::Dequeued | State::Running | State::Stopping => beyond[task.function.0 as usize] += 1,
+                State::Dequeued | State::Running | State::Stopping => {
+                    beyond[task.function.0 as usize] += 1
+                }
                 State::Scheduled
                 | State::Enqueued
                 | State::Retrying
@@ -55,26 +81,57 @@ impl Shard {
             }
             loose += u32::from(task.prev == NIL && task.next == NIL);
             if matches!(task.state(), State::Scheduled | State::Retrying) {
-                assert!(self.due.contains(&(task.at, slot)), "a delayed task has its timer");
+                assert!(
+                    self.due.contains(&(task.at, slot)),
+                    "a delayed task has its timer"
+                );
             }
         }
-        assert!(in_lists <= self.tasks.live(), "no task is in two lists ({loose} in none)");
+        assert!(
+            in_lists <= self.tasks.live(),
+            "no task is in two lists ({loose} in none)"
+        );
         for (queue, held) in self.queues.iter().enumerate() {
-            let lanes = self.lanes.iter().filter(|lane| lane.tenant.0 as usize == queue);
+            let lanes = self
+                .lanes
+                .iter()
+                .filter(|lane| lane.tenant.0 as usize == queue);
             let in_flight: u32 = lanes.map(|lane| lane.in_flight).sum();
-            assert_eq!(held.pool.in_use(), in_flight, "credits in use are the tasks beyond Enqueued");
+            assert_eq!(
+                held.pool.in_use(),
+                in_flight,
+                "credits in use are the tasks beyond Enqueued"
+            );
         }
         for (index, lane) in self.lanes.iter().enumerate() {
-            let free: u32 = self.bindings.iter().filter(|binding| binding.function.0 as usize == index).map(|binding| binding.free()).sum();
+            let free: u32 = self
+                .bindings
+                .iter()
+                .filter(|binding| binding.function.0 as usize == index)
+                .map(|binding| binding.free())
+                .sum();
             assert_eq!(lane.free_slots, free, "free slots of function {index}");
-            let settling = self.sealed.iter().chain([&self.open]).flat_map(|pending| &pending.facts);
+            let settling = self
+                .sealed
+                .iter()
+                .chain([&self.open])
+                .flat_map(|pending| &pending.facts);
             let settling = settling.filter(|fact| matches!(fact, Fact::Accepted(task) if task.leased && task.function.0 as usize == index));
-            assert!(lane.in_flight <= beyond[index] + settling.count() as u32, "in flight of function {index}");
+            assert!(
+                lane.in_flight <= beyond[index] + settling.count() as u32,
+                "in flight of function {index}"
+            );
         }
         let references: u64 = self.segments.iter().map(|&count| u64::from(count)).sum();
         let expected = u64::from(self.tasks.live())
             + self.names.len() as u64
-            + (0..self.tasks.used()).filter_map(|slot| self.tasks.get(slot)).filter(|task| task.state().terminal() && task.at != 0).count() as u64;
-        assert_eq!(references, expected, "segments are kept for what refers to them");
+            + (0..self.tasks.used())
+                .filter_map(|slot| self.tasks.get(slot))
+                .filter(|task| task.state().terminal() && task.at != 0)
+                .count() as u64;
+        assert_eq!(
+            references, expected,
+            "segments are kept for what refers to them"
+        );
     }
 }

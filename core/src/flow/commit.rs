@@ -14,7 +14,9 @@ use crate::{
 
 impl Shard {
     pub(crate) fn commit(&mut self, durable: Durable<'_>, effects: &mut Effects) {
-        let Some(mut pending) = self.sealed.pop_front() else { return };
+        let Some(mut pending) = self.sealed.pop_front() else {
+            return;
+        };
         for fact in pending.facts.drain(..) {
             self.apply(fact, Some(durable), effects);
         }
@@ -29,11 +31,22 @@ impl Shard {
         self.after_commit(effects);
     }
 
-    pub(crate) fn apply(&mut self, fact: Fact, durable: Option<Durable<'_>>, effects: &mut Effects) {
+    pub(crate) fn apply(
+        &mut self,
+        fact: Fact,
+        durable: Option<Durable<'_>>,
+        effects: &mut Effects,
+    ) {
         match fact {
             Fact::Accepted(accepted) => self.apply_accepted(accepted, durable),
-            Fact::Leased { request, token, binding } => {
-                let Some(slot) = self.tasks.find(request) else { return };
+            Fact::Leased {
+                request,
+                token,
+                binding,
+            } => {
+                let Some(slot) = self.tasks.find(request) else {
+                    return;
+                };
                 if self.replaying {
                     self.detach(slot);
                     self.adopt_credit(slot);
@@ -47,8 +60,17 @@ impl Shard {
                 self.counters.leased += 1;
                 self.hand_to(slot, binding);
             }
-            Fact::Ended { request, state, retries, due_ms, position, code } => {
-                let Some(slot) = self.tasks.find(request) else { return };
+            Fact::Ended {
+                request,
+                state,
+                retries,
+                due_ms,
+                position,
+                code,
+            } => {
+                let Some(slot) = self.tasks.find(request) else {
+                    return;
+                };
                 if self.replaying {
                     self.detach(slot);
                     let tenant = self.tenant_of(slot);
@@ -69,7 +91,9 @@ impl Shard {
                 }
             }
             Fact::Moved { request, state } => {
-                let Some(slot) = self.tasks.find(request) else { return };
+                let Some(slot) = self.tasks.find(request) else {
+                    return;
+                };
                 self.tasks[slot].clear(FLAG_BUSY);
                 if state == State::Stopping {
                     self.tasks[slot].set_state(State::Stopping);
@@ -95,13 +119,21 @@ impl Shard {
             self.next_seq = self.next_seq.max(accepted.request.seq() + 1);
             if self.tasks.get(slot).is_some() {
                 // The log's beginning is gone, and with it the finished tasks that pushed this one out.
-                assert!(self.tasks[slot].state().terminal(), "only a finished task's slot is used again");
+                assert!(
+                    self.tasks[slot].state().terminal(),
+                    "only a finished task's slot is used again"
+                );
                 self.forget(slot);
             }
             self.lane_mut(accepted.function, accepted.tenant);
             self.queue_mut(accepted.tenant).waiting += 1;
         }
-        let mut task = Task::new(accepted.request, accepted.function, accepted.position, accepted.record_bytes);
+        let mut task = Task::new(
+            accepted.request,
+            accepted.function,
+            accepted.position,
+            accepted.record_bytes,
+        );
         task.cost = accepted.cost;
         task.waiter = accepted.waiter;
         task.set(accepted.flags);
@@ -109,9 +141,14 @@ impl Shard {
         self.tasks.insert(slot, task);
         self.reference(segment);
         if accepted.name != 0 {
-            let name = Name { request: accepted.request, payload_hash: accepted.payload_hash, segment: segment as u32 };
+            let name = Name {
+                request: accepted.request,
+                payload_hash: accepted.payload_hash,
+                segment: segment as u32,
+            };
             self.names.insert(accepted.name, name);
-            self.name_ages.push((accepted.name, accepted.request.accepted_ms()));
+            self.name_ages
+                .push((accepted.name, accepted.request.accepted_ms()));
             self.reference(segment);
         }
         if accepted.leased {
@@ -122,7 +159,10 @@ impl Shard {
             lane.unsettled -= 1;
             let wanted = lane.free_slots > 0 || !lane.bindings.is_empty() || lane.in_flight > 0;
             let bytes = accepted.record_bytes as usize;
-            if wanted && accepted.due_ms == 0 && self.blobs.bytes() + bytes <= self.options.fetched_bytes_max {
+            if wanted
+                && accepted.due_ms == 0
+                && self.blobs.bytes() + bytes <= self.options.fetched_bytes_max
+            {
                 let durable = durable.expect("a live commit has its batch");
                 let offset = (accepted.position.0 % self.options.segment_bytes) as usize;
                 let start = offset - durable.offset as usize;
@@ -151,7 +191,14 @@ impl Shard {
         let key = match self.keys_by_hash.get(hash) {
             Some(&key) => key,
             None => {
-                let entry = Key { hash, function, head: NIL, successors: List::default(), members: 0, held: false };
+                let entry = Key {
+                    hash,
+                    function,
+                    head: NIL,
+                    successors: List::default(),
+                    members: 0,
+                    held: false,
+                };
                 let key = match self.free_keys.pop() {
                     Some(key) => {
                         self.keys[key as usize] = entry;
@@ -230,7 +277,12 @@ impl Shard {
                 self.leave_waiting(slot);
             }
             State::Running | State::Stopping => self.leave_executor(slot),
-            State::Paused | State::Succeeded | State::Failed | State::Stopped | State::Expired | State::Invalid => {}
+            State::Paused
+            | State::Succeeded
+            | State::Failed
+            | State::Stopped
+            | State::Expired
+            | State::Invalid => {}
         }
         self.drop_blob(slot);
     }
@@ -260,7 +312,11 @@ impl Shard {
             own => own,
         };
         // A delayed task's age counts from when it was due.
-        let from = if task.state() == State::Scheduled { task.at } else { task.accepted_ms() };
+        let from = if task.state() == State::Scheduled {
+            task.at
+        } else {
+            task.accepted_ms()
+        };
         let task = &mut self.tasks[slot];
         task.set_max_age_s(age);
         task.set(FLAG_OWN_AGE);
@@ -283,7 +339,12 @@ impl Shard {
             State::Expired => &mut self.counters.expired,
             State::Invalid => &mut self.counters.invalid,
             State::Failed => &mut self.counters.failed,
-            State::Scheduled | State::Enqueued | State::Dequeued | State::Running | State::Retrying | State::Paused
+            State::Scheduled
+            | State::Enqueued
+            | State::Dequeued
+            | State::Running
+            | State::Retrying
+            | State::Paused
             | State::Stopping => unreachable!("only terminal states finish a task"),
         };
         *counter += 1;
@@ -340,7 +401,8 @@ impl Shard {
             let (mut error, mut result) = (Span::default(), Span::default());
             if position.0 != 0 && (waiter.with_result || code != Code::Ok) {
                 let durable = durable.expect("a live commit has its batch");
-                let start = (position.0 % self.options.segment_bytes) as usize - durable.offset as usize;
+                let start =
+                    (position.0 % self.options.segment_bytes) as usize - durable.offset as usize;
                 if let Ok(Record::Outcome(outcome)) = read_whole(&durable.bytes[start..]) {
                     error = stow(&mut edge.bytes, outcome.error.as_bytes());
                     if waiter.with_result {
@@ -368,7 +430,8 @@ impl Shard {
         let index = core::mem::replace(&mut task.key, NIL);
         let was_head = task.has(FLAG_KEY_HEAD);
         task.clear(FLAG_KEY_HEAD);
-        let hold = self.lanes[task.function.0 as usize].config.on_failure == crate::config::OnFailure::Hold;
+        let hold = self.lanes[task.function.0 as usize].config.on_failure
+            == crate::config::OnFailure::Hold;
         let key = &mut self.keys[index as usize];
         key.members -= 1;
         if was_head {
@@ -417,7 +480,10 @@ impl Shard {
             self.first_segment = segment;
             self.config_segment = segment;
         }
-        assert!(segment >= self.first_segment, "nothing new stands in a segment that is gone");
+        assert!(
+            segment >= self.first_segment,
+            "nothing new stands in a segment that is gone"
+        );
         let index = (segment - self.first_segment) as usize;
         if self.segments.len() <= index {
             self.segments.resize(index + 1, 0);
@@ -436,7 +502,10 @@ impl Shard {
 
     /// What follows a commit: segments at the front that nothing refers to are dead, and wishes go on.
     fn after_commit(&mut self, effects: &mut Effects) {
-        while self.segments.len() > 1 && self.segments[0] == 0 && self.first_segment < self.config_segment {
+        while self.segments.len() > 1
+            && self.segments[0] == 0
+            && self.first_segment < self.config_segment
+        {
             self.segments.pop_front();
             self.first_segment += 1;
         }
@@ -449,7 +518,8 @@ impl Shard {
             return;
         }
         lane.age_armed = true;
-        let due = self.tasks[lane.waiting.head].accepted_ms() + u64::from(lane.config.max_age_s) * 1_000;
+        let due =
+            self.tasks[lane.waiting.head].accepted_ms() + u64::from(lane.config.max_age_s) * 1_000;
         self.lane_ages.insert((due, function.0));
     }
 }

@@ -15,7 +15,11 @@ use crate::{
 
 impl Shard {
     /// Deals with a batch of outcomes in order; `false` if the next one has to wait for the batch in flight.
-    pub(crate) fn complete(&mut self, batch: &mut OutcomeBatch, space: &mut BatchSpace<'_>) -> bool {
+    pub(crate) fn complete(
+        &mut self,
+        batch: &mut OutcomeBatch,
+        space: &mut BatchSpace<'_>,
+    ) -> bool {
         while let Some(outcome) = batch.outcomes.get(batch.done) {
             if self.settling(outcome.request) {
                 return false;
@@ -60,19 +64,43 @@ impl Shard {
                 self.give_back(slot, outcome.verdict);
                 return Ok(());
             }
-            Verdict::Succeeded | Verdict::Failed | Verdict::Throttled { .. } | Verdict::Rejected | Verdict::Stopped => {}
+            Verdict::Succeeded
+            | Verdict::Failed
+            | Verdict::Throttled { .. }
+            | Verdict::Rejected
+            | Verdict::Stopped => {}
         }
         self.leave_executor(slot);
         if stopping {
             self.append_outcome(slot, State::Stopped, 0, Code::Ok, error, output, &[], space);
-        } else if outcome.verdict == Verdict::Succeeded && result.len() > self.options.payload_bytes_max as usize {
-            self.fail_attempt(slot, Code::ResultTooLarge, "the result exceeds payload_bytes_max", space);
+        } else if outcome.verdict == Verdict::Succeeded
+            && result.len() > self.options.payload_bytes_max as usize
+        {
+            self.fail_attempt(
+                slot,
+                Code::ResultTooLarge,
+                "the result exceeds payload_bytes_max",
+                space,
+            );
         } else if outcome.verdict == Verdict::Succeeded {
             self.note_signal(slot, Signal::Clean);
-            self.append_outcome(slot, State::Succeeded, 0, Code::Ok, error, output, result, space);
+            self.append_outcome(
+                slot,
+                State::Succeeded,
+                0,
+                Code::Ok,
+                error,
+                output,
+                result,
+                space,
+            );
         } else {
             self.note_signal(slot, Signal::Clean);
-            let code = if outcome.code == Code::Ok { Code::Internal } else { outcome.code };
+            let code = if outcome.code == Code::Ok {
+                Code::Internal
+            } else {
+                outcome.code
+            };
             self.fail_or_retry(slot, code, error, output, space);
         }
         Ok(())
@@ -98,7 +126,10 @@ impl Shard {
     /// An attempt that had timed out is over at last: its slot is free.
     fn free_overdue(&mut self, outcome: &Outcome) {
         let attempt = (outcome.request, outcome.token);
-        let freed = self.sessions.values_mut().find_map(|session| session.overdue.remove(&attempt));
+        let freed = self
+            .sessions
+            .values_mut()
+            .find_map(|session| session.overdue.remove(&attempt));
         if let Some(binding) = freed {
             let before = self.bindings[binding as usize].free();
             self.bindings[binding as usize].used -= 1;
@@ -110,11 +141,14 @@ impl Shard {
     fn give_back(&mut self, slot: u32, verdict: Verdict) {
         let function = self.tasks[slot].function;
         let (signal, park_ns) = match verdict {
-            Verdict::Throttled { retry_after_ms } if retry_after_ms > 0 => {
-                (Signal::Overload, u64::from(retry_after_ms).min(60_000) * 1_000_000)
-            }
+            Verdict::Throttled { retry_after_ms } if retry_after_ms > 0 => (
+                Signal::Overload,
+                u64::from(retry_after_ms).min(60_000) * 1_000_000,
+            ),
             Verdict::Throttled { .. } => (Signal::Overload, WINDOW_NS),
-            Verdict::Rejected | Verdict::Succeeded | Verdict::Failed | Verdict::Stopped => (Signal::Clean, WINDOW_NS / 10),
+            Verdict::Rejected | Verdict::Succeeded | Verdict::Failed | Verdict::Stopped => {
+                (Signal::Clean, WINDOW_NS / 10)
+            }
         };
         self.counters.throttled += u64::from(signal == Signal::Overload);
         // Parked first, or the lane would start another task as the slot falls free.
@@ -141,7 +175,13 @@ impl Shard {
     }
 
     /// An attempt ended without its executor's word: too slow, or the executor is gone. The task is in no list.
-    pub(crate) fn fail_attempt(&mut self, slot: u32, code: Code, error: &str, space: &mut BatchSpace<'_>) {
+    pub(crate) fn fail_attempt(
+        &mut self,
+        slot: u32,
+        code: Code,
+        error: &str,
+        space: &mut BatchSpace<'_>,
+    ) {
         if self.tasks[slot].state() == State::Stopping {
             self.append_outcome(slot, State::Stopped, 0, Code::Ok, error, &[], &[], space);
             return;
@@ -152,7 +192,14 @@ impl Shard {
         self.fail_or_retry(slot, code, error, &[], space);
     }
 
-    fn fail_or_retry(&mut self, slot: u32, code: Code, error: &str, output: &[u8], space: &mut BatchSpace<'_>) {
+    fn fail_or_retry(
+        &mut self,
+        slot: u32,
+        code: Code,
+        error: &str,
+        output: &[u8],
+        space: &mut BatchSpace<'_>,
+    ) {
         let task = &self.tasks[slot];
         let config = self.lanes[task.function.0 as usize].config;
         let lane_live = self.lanes[task.function.0 as usize].live;
@@ -163,8 +210,26 @@ impl Shard {
         let retries = task.retries() + 1;
         let request = task.request(slot);
         self.tasks[slot].set_retries(retries);
-        let wait_ms = if code == Code::Unavailable { 0 } else { self.backoff_ms(request, retries, config.backoff_ms_min, config.backoff_ms_max) };
-        self.append_outcome(slot, State::Retrying, self.now.logged_ms + wait_ms, code, error, output, &[], space);
+        let wait_ms = if code == Code::Unavailable {
+            0
+        } else {
+            self.backoff_ms(
+                request,
+                retries,
+                config.backoff_ms_min,
+                config.backoff_ms_max,
+            )
+        };
+        self.append_outcome(
+            slot,
+            State::Retrying,
+            self.now.logged_ms + wait_ms,
+            code,
+            error,
+            output,
+            &[],
+            space,
+        );
     }
 
     /// Exponential backoff with full jitter in its upper half, from the shard's seed: equal seeds wait equally long.
@@ -211,7 +276,14 @@ impl Shard {
             let tenant = self.tenant_of(slot);
             self.queues[tenant.0 as usize].waiting += 1;
         }
-        self.open.facts.push(Fact::Ended { request, state, retries, due_ms, position: placed.lsn, code });
+        self.open.facts.push(Fact::Ended {
+            request,
+            state,
+            retries,
+            due_ms,
+            position: placed.lsn,
+            code,
+        });
         self.note(Urgency::Soon);
     }
 }
@@ -225,5 +297,8 @@ fn clip<'a>(outcome: &Outcome, bytes: &'a [u8]) -> (&'a str, &'a [u8]) {
         Err(damage) => core::str::from_utf8(&error[..damage.valid_up_to()]).unwrap_or_default(),
     };
     let output = &bytes[outcome.output.range()];
-    (error, &output[output.len().saturating_sub(OUTPUT_BYTES_MAX)..])
+    (
+        error,
+        &output[output.len().saturating_sub(OUTPUT_BYTES_MAX)..],
+    )
 }

@@ -13,16 +13,27 @@ use crate::{
 
 impl Shard {
     /// Appends a change; it comes back if there is no room.
-    pub(crate) fn append_change(&mut self, version: u64, change: Change, space: &mut BatchSpace<'_>) -> Option<Control> {
+    pub(crate) fn append_change(
+        &mut self,
+        version: u64,
+        change: Change,
+        space: &mut BatchSpace<'_>,
+    ) -> Option<Control> {
         if space.room() < record_bytes(NAME_BYTES_MAX) {
             return Some(Control::Apply { version, change });
         }
         space.append(Schema::Config, &ConfigRecordV1::new(version, &change));
-        self.open.facts.push(Fact::Config { version, change: Box::new(change) });
+        self.open.facts.push(Fact::Config {
+            version,
+            change: Box::new(change),
+        });
         self.note(Urgency::Now);
         let shard = self.options.shard;
         if shard != ShardId(0) {
-            self.open.edges.shards.push((ShardId(0), Control::Applied { shard, version }));
+            self.open
+                .edges
+                .shards
+                .push((ShardId(0), Control::Applied { shard, version }));
         }
         None
     }
@@ -35,7 +46,9 @@ impl Shard {
                 self.queue_mut(id).waiting_max = config.waiting_max;
                 self.robin.set_weight(id.0, config.weight);
             }
-            Change::Function { id, tenant, config, .. } => {
+            Change::Function {
+                id, tenant, config, ..
+            } => {
                 let lane = self.lane_mut(id, tenant);
                 lane.tenant = tenant;
                 lane.config = config;
@@ -75,11 +88,18 @@ impl Shard {
     pub(crate) fn carry_wishes(&mut self, effects: &mut Effects) {
         if let Some(carried) = &self.carried
             && carried.awaited == 0
-            && carried.changes.iter().all(|&(version, _)| version <= self.directory.version())
+            && carried
+                .changes
+                .iter()
+                .all(|&(version, _)| version <= self.directory.version())
         {
             let carried = self.carried.take().expect("looked at above");
             effects.published.extend(carried.changes);
-            let reply = (carried.connection, carried.ticket, Reply::Done { state: None });
+            let reply = (
+                carried.connection,
+                carried.ticket,
+                Reply::Done { state: None },
+            );
             effects.edge(carried.connection.edge()).replies.push(reply);
         }
     }
@@ -87,7 +107,9 @@ impl Shard {
     /// Shard 0: begins the next wish if none is being carried out; and moves configuration out of dying segments.
     pub(crate) fn carry_config(&mut self, space: &mut BatchSpace<'_>) {
         while self.carried.is_none() {
-            let Some((connection, ticket, wish)) = self.wishes.front() else { break };
+            let Some((connection, ticket, wish)) = self.wishes.front() else {
+                break;
+            };
             let (connection, ticket) = (*connection, *ticket);
             if space.room() < 2 * record_bytes(NAME_BYTES_MAX) {
                 return;
@@ -100,20 +122,33 @@ impl Shard {
                     let changes: Vec<(u64, Change)> = (first..).zip(changes).collect();
                     for (version, change) in &changes {
                         for shard in 1..self.options.shards {
-                            let control = Control::Apply { version: *version, change: change.clone() };
+                            let control = Control::Apply {
+                                version: *version,
+                                change: change.clone(),
+                            };
                             self.open.edges.shards.push((ShardId(shard), control));
                         }
                         let full = self.append_change(*version, change.clone(), space);
                         assert!(full.is_none(), "the room was looked at above");
                     }
                     let awaited = changes.len() * (usize::from(self.options.shards) - 1);
-                    self.carried = Some(Carried { connection, ticket, changes, awaited });
+                    self.carried = Some(Carried {
+                        connection,
+                        ticket,
+                        changes,
+                        awaited,
+                    });
                     continue;
                 }
                 Ok(_) => Reply::Done { state: None },
-                Err(refusal) => Reply::Refused { code: refusal.code, what: refusal.what },
+                Err(refusal) => Reply::Refused {
+                    code: refusal.code,
+                    what: refusal.what,
+                },
             };
-            self.after_flush(connection).replies.push((connection, ticket, refusal));
+            self.after_flush(connection)
+                .replies
+                .push((connection, ticket, refusal));
             self.note(Urgency::Soon);
         }
         self.carry_config_forward(space);
@@ -134,7 +169,9 @@ impl Shard {
         let (from, at) = match self.dump {
             Some(dump) => dump,
             None => {
-                let waits = self.segments.len() > 2 && self.segments[0] == 0 && self.first_segment >= self.config_segment;
+                let waits = self.segments.len() > 2
+                    && self.segments[0] == 0
+                    && self.first_segment >= self.config_segment;
                 if !waits {
                     return;
                 }
@@ -149,7 +186,10 @@ impl Shard {
                 return;
             }
             space.append(Schema::Config, &ConfigRecordV1::new(version, change));
-            self.open.facts.push(Fact::Config { version, change: Box::new(change.clone()) });
+            self.open.facts.push(Fact::Config {
+                version,
+                change: Box::new(change.clone()),
+            });
             self.note(Urgency::Soon);
         }
         if changes.len() == STRETCH {

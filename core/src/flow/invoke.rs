@@ -22,14 +22,24 @@ impl Shard {
         };
         self.lanes[task.function.0 as usize].promised -= 1;
         let request = task.request(slot);
-        let token = Token { attempt: task.attempt + 1, ..task.token() };
+        let token = Token {
+            attempt: task.attempt + 1,
+            ..task.token()
+        };
         self.append_lease(request, token, binding, space);
         let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
         let (connection, index) = self.executor_of(binding);
         let edge = self.open.edges.edge(connection.edge());
         let bytes = &mut edge.bytes;
-        let record = read_task(self.blobs.get(task.holder)).expect("only records of tasks are kept in memory");
-        let mut text = |text: &str| if text.is_empty() { Span::default() } else { stow(bytes, text.as_bytes()) };
+        let record = read_task(self.blobs.get(task.holder))
+            .expect("only records of tasks are kept in memory");
+        let mut text = |text: &str| {
+            if text.is_empty() {
+                Span::default()
+            } else {
+                stow(bytes, text.as_bytes())
+            }
+        };
         let execute = Execute {
             connection,
             request,
@@ -91,13 +101,18 @@ impl Shard {
     /// Notes who runs a task whose lease is durable; nobody known means an orphan.
     pub(crate) fn hand_to(&mut self, slot: u32, binding: u32) {
         self.tasks[slot].holder = binding;
-        let known = self.bindings.get(binding as usize).and_then(|target| self.sessions.get(&target.executor));
+        let known = self
+            .bindings
+            .get(binding as usize)
+            .and_then(|target| self.sessions.get(&target.executor));
         if known.is_none_or(|session| !session.bindings.contains(&binding)) {
             self.tasks[slot].holder = NIL;
             let mut orphans = self.orphans;
             self.tasks.push_back(&mut orphans, slot);
             self.orphans = orphans;
-            self.orphans_end_ns = self.orphans_end_ns.max(self.now.mono_ns + self.options.lease_ms * 1_000_000);
+            self.orphans_end_ns = self
+                .orphans_end_ns
+                .max(self.now.mono_ns + self.options.lease_ms * 1_000_000);
             return;
         }
         let mut running = self.bindings[binding as usize].running;
@@ -158,7 +173,14 @@ impl Shard {
     fn cancel_of(&self, slot: u32) -> Option<Cancel> {
         let task = &self.tasks[slot];
         let binding = self.bindings.get(task.holder as usize)?;
-        let session = self.sessions.get(&binding.executor).filter(|session| session.connected)?;
-        Some(Cancel { connection: session.connection, request: task.request(slot), token: task.token() })
+        let session = self
+            .sessions
+            .get(&binding.executor)
+            .filter(|session| session.connected)?;
+        Some(Cancel {
+            connection: session.connection,
+            request: task.request(slot),
+            token: task.token(),
+        })
     }
 }

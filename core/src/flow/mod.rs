@@ -2,13 +2,13 @@
 
 mod admit;
 mod append;
-mod commit;
-mod timers;
-mod receive;
-mod invoke;
-mod complete;
-mod session;
-mod query;
-mod configure;
-mod replay;
 mod audit;
+mod commit;
+mod complete;
+mod configure;
+mod invoke;
+mod query;
+mod receive;
+mod replay;
+mod session;
+mod timers;

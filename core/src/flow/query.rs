@@ -20,9 +20,16 @@ const PAGE_ROWS_MAX: u32 = 1_000;
 const PAGE_SLOTS_MAX: u32 = 16_384;
 
 impl Shard {
-    pub(crate) fn control(&mut self, inbox: &mut Inbox, space: &mut BatchSpace<'_>, effects: &mut Effects) {
+    pub(crate) fn control(
+        &mut self,
+        inbox: &mut Inbox,
+        space: &mut BatchSpace<'_>,
+        effects: &mut Effects,
+    ) {
         for _ in 0..self.deferred.len() {
-            let Some(control) = self.deferred.pop_front() else { break };
+            let Some(control) = self.deferred.pop_front() else {
+                break;
+            };
             if let Some(control) = self.take(control, space, effects) {
                 self.deferred.push_back(control);
             }
@@ -37,28 +44,68 @@ impl Shard {
     }
 
     /// Deals with one; what finds no room comes back.
-    fn take(&mut self, control: Control, space: &mut BatchSpace<'_>, effects: &mut Effects) -> Option<Control> {
+    fn take(
+        &mut self,
+        control: Control,
+        space: &mut BatchSpace<'_>,
+        effects: &mut Effects,
+    ) -> Option<Control> {
         match control {
             Control::Outcomes(mut batch) => {
                 if !self.complete(&mut batch, space) {
                     return Some(Control::Outcomes(batch));
                 }
             }
-            Control::SessionOpened { executor, connection } => self.session_opened(executor, connection),
-            Control::SlotsLent { executor, function, index, count } => self.slots_lent(executor, function, index, count),
-            Control::LeasesPresented { executor, connection, ticket, leases } => {
+            Control::SessionOpened {
+                executor,
+                connection,
+            } => self.session_opened(executor, connection),
+            Control::SlotsLent {
+                executor,
+                function,
+                index,
+                count,
+            } => self.slots_lent(executor, function, index, count),
+            Control::LeasesPresented {
+                executor,
+                connection,
+                ticket,
+                leases,
+            } => {
                 self.leases_presented(executor, connection, ticket, &leases, effects);
             }
-            Control::SessionLost { executor, connection } => self.session_lost(executor, connection),
-            Control::SessionClosed { executor, connection } => self.session_closed(executor, connection),
-            Control::Query { connection, ticket, tenant, query } => {
+            Control::SessionLost {
+                executor,
+                connection,
+            } => self.session_lost(executor, connection),
+            Control::SessionClosed {
+                executor,
+                connection,
+            } => self.session_closed(executor, connection),
+            Control::Query {
+                connection,
+                ticket,
+                tenant,
+                query,
+            } => {
                 if space.room() < record_bytes(0) {
-                    return Some(Control::Query { connection, ticket, tenant, query });
+                    return Some(Control::Query {
+                        connection,
+                        ticket,
+                        tenant,
+                        query,
+                    });
                 }
                 self.query(connection, ticket, tenant, query, space, effects);
             }
-            Control::Configure { connection, ticket, wish } => self.wishes.push_back((connection, ticket, wish)),
-            Control::Apply { version, change } => return self.append_change(version, change, space),
+            Control::Configure {
+                connection,
+                ticket,
+                wish,
+            } => self.wishes.push_back((connection, ticket, wish)),
+            Control::Apply { version, change } => {
+                return self.append_change(version, change, space);
+            }
             Control::Applied { .. } => self.change_reported(),
         }
         None
@@ -73,16 +120,25 @@ impl Shard {
         space: &mut BatchSpace<'_>,
         effects: &mut Effects,
     ) {
-        let not_found = Reply::Refused { code: Code::NotFound, what: "there is no such task, or it is no longer kept" };
+        let not_found = Reply::Refused {
+            code: Code::NotFound,
+            what: "there is no such task, or it is no longer kept",
+        };
         let reply = match query {
-            Query::Stats => Reply::Stats { counters: Box::new(self.counters()) },
+            Query::Stats => Reply::Stats {
+                counters: Box::new(self.counters()),
+            },
             Query::List { filter } => self.list(tenant, &filter),
             Query::Get { target } => match self.locate(tenant, &target) {
-                Some(slot) => Reply::Task { view: self.view(slot) },
+                Some(slot) => Reply::Task {
+                    view: self.view(slot),
+                },
                 None => not_found,
             },
             Query::Wait { target } => match self.locate(tenant, &target) {
-                Some(slot) if self.tasks[slot].state().terminal() => Reply::Task { view: self.view(slot) },
+                Some(slot) if self.tasks[slot].state().terminal() => Reply::Task {
+                    view: self.view(slot),
+                },
                 Some(slot) => match self.wait(slot, connection, ticket) {
                     Some(refused) => refused,
                     None => return,
@@ -92,21 +148,36 @@ impl Shard {
             Query::Stop { target } => match self.locate(tenant, &target) {
                 Some(slot) if self.tasks[slot].has(FLAG_BUSY) => {
                     // What is on its way to the disk decides; asked again when it is there.
-                    self.deferred.push_back(Control::Query { connection, ticket, tenant, query: Query::Stop { target } });
+                    self.deferred.push_back(Control::Query {
+                        connection,
+                        ticket,
+                        tenant,
+                        query: Query::Stop { target },
+                    });
                     return;
                 }
                 Some(slot) => match self.tasks[slot].state().on(Event::Stop) {
                     Some(state) => {
                         self.append_move(slot, state, space);
-                        self.after_flush(connection).replies.push((connection, ticket, Reply::Done { state: Some(state) }));
+                        self.after_flush(connection).replies.push((
+                            connection,
+                            ticket,
+                            Reply::Done { state: Some(state) },
+                        ));
                         return;
                     }
-                    None => Reply::Refused { code: Code::FailedPrecondition, what: "the task has ended or is being stopped" },
+                    None => Reply::Refused {
+                        code: Code::FailedPrecondition,
+                        what: "the task has ended or is being stopped",
+                    },
                 },
                 None => not_found,
             },
         };
-        effects.edge(connection.edge()).replies.push((connection, ticket, reply));
+        effects
+            .edge(connection.edge())
+            .replies
+            .push((connection, ticket, reply));
     }
 
     fn wait(&mut self, slot: u32, connection: ConnectionId, ticket: u64) -> Option<Reply> {
@@ -117,10 +188,19 @@ impl Shard {
             at = self.waiters[at as usize].next;
         }
         if count >= WAITERS_PER_TASK {
-            return Some(Reply::Refused { code: Code::ResourceExhausted, what: "64 callers wait for this task already" });
+            return Some(Reply::Refused {
+                code: Code::ResourceExhausted,
+                what: "64 callers wait for this task already",
+            });
         }
         let first = self.tasks[slot].waiter;
-        let waiter = Waiter { connection, ticket, index: u32::MAX, with_result: true, next: NIL };
+        let waiter = Waiter {
+            connection,
+            ticket,
+            index: u32::MAX,
+            with_result: true,
+            next: NIL,
+        };
         self.tasks[slot].waiter = self.add_waiter(first, waiter);
         None
     }
@@ -129,11 +209,24 @@ impl Shard {
     fn locate(&self, tenant: TenantId, target: &Target) -> Option<u32> {
         let request = match target {
             Target::Request(request) => *request,
-            Target::Given { function, key, task_id } => {
-                self.names.get(name_hash(self.options.seed, *function, key.as_bytes(), task_id.as_bytes()))?.request
+            Target::Given {
+                function,
+                key,
+                task_id,
+            } => {
+                self.names
+                    .get(name_hash(
+                        self.options.seed,
+                        *function,
+                        key.as_bytes(),
+                        task_id.as_bytes(),
+                    ))?
+                    .request
             }
         };
-        self.tasks.find(request).filter(|&slot| self.tenant_of(slot) == tenant)
+        self.tasks
+            .find(request)
+            .filter(|&slot| self.tenant_of(slot) == tenant)
     }
 
     fn view(&self, slot: u32) -> TaskView {
@@ -158,10 +251,18 @@ impl Shard {
             state,
             token: task.token(),
             retries: task.retries(),
-            due_ms: if matches!(state, State::Scheduled | State::Retrying) { task.at } else { 0 },
+            due_ms: if matches!(state, State::Scheduled | State::Retrying) {
+                task.at
+            } else {
+                0
+            },
             executor: binding.map_or(0, |binding| binding.executor),
             record: (task.position, task.record_bytes()),
-            outcome: if state.terminal() { Lsn(task.at) } else { Lsn(0) },
+            outcome: if state.terminal() {
+                Lsn(task.at)
+            } else {
+                Lsn(0)
+            },
         }
     }
 
@@ -174,14 +275,19 @@ impl Shard {
             if let Some(task) = self.tasks.get(slot) {
                 let wanted = self.tenant_of(slot) == tenant
                     && filter.state.is_none_or(|state| state == task.state())
-                    && filter.function.is_none_or(|function| function == task.function);
+                    && filter
+                        .function
+                        .is_none_or(|function| function == task.function);
                 if wanted {
                     views.push(self.view(slot));
                 }
             }
             slot += 1;
         }
-        Reply::Page { views, cursor: if slot < self.tasks.used() { slot } else { 0 } }
+        Reply::Page {
+            views,
+            cursor: if slot < self.tasks.used() { slot } else { 0 },
+        }
     }
 
     /// A shard whose log has failed answers everything with the reason.
@@ -189,17 +295,39 @@ impl Shard {
         while let Some(batch) = inbox.submits.pop_front() {
             refuse_batch(&batch, effects);
         }
-        let refused = Reply::Refused { code: Code::Unavailable, what: LOG_FAILED };
+        let refused = Reply::Refused {
+            code: Code::Unavailable,
+            what: LOG_FAILED,
+        };
         while let Some(control) = inbox.control.pop_front() {
             match control {
-                Control::Query { connection, ticket, query: Query::Stats, .. } => {
+                Control::Query {
+                    connection,
+                    ticket,
+                    query: Query::Stats,
+                    ..
+                } => {
                     let counters = Box::new(self.counters());
-                    effects.edge(connection.edge()).replies.push((connection, ticket, Reply::Stats { counters }));
+                    effects.edge(connection.edge()).replies.push((
+                        connection,
+                        ticket,
+                        Reply::Stats { counters },
+                    ));
                 }
-                Control::Query { connection, ticket, .. }
-                | Control::Configure { connection, ticket, .. }
-                | Control::LeasesPresented { connection, ticket, .. } => {
-                    effects.edge(connection.edge()).replies.push((connection, ticket, refused.clone()));
+                Control::Query {
+                    connection, ticket, ..
+                }
+                | Control::Configure {
+                    connection, ticket, ..
+                }
+                | Control::LeasesPresented {
+                    connection, ticket, ..
+                } => {
+                    effects.edge(connection.edge()).replies.push((
+                        connection,
+                        ticket,
+                        refused.clone(),
+                    ));
                 }
                 Control::Outcomes(_)
                 | Control::SessionOpened { .. }
@@ -217,15 +345,21 @@ fn refuse_batch(batch: &SubmitBatch, effects: &mut Effects) {
     use crate::event::{Answer, AnswerRun};
     let edge = effects.edge(batch.connection.edge());
     let first = edge.answers.len() as u32;
-    edge.answers.extend(batch.tasks[batch.done..].iter().map(|task| Answer {
-        index: task.index,
-        code: Code::Unavailable,
-        duplicate: false,
-        durable: false,
-        retry_after_ms: 0,
-        request: crate::id::RequestId::default(),
-        what: LOG_FAILED,
-    }));
+    edge.answers
+        .extend(batch.tasks[batch.done..].iter().map(|task| Answer {
+            index: task.index,
+            code: Code::Unavailable,
+            duplicate: false,
+            durable: false,
+            retry_after_ms: 0,
+            request: crate::id::RequestId::default(),
+            what: LOG_FAILED,
+        }));
     let count = edge.answers.len() as u32 - first;
-    edge.runs.push(AnswerRun { connection: batch.connection, ticket: batch.ticket, first, count });
+    edge.runs.push(AnswerRun {
+        connection: batch.connection,
+        ticket: batch.ticket,
+        first,
+        count,
+    });
 }

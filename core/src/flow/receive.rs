@@ -78,15 +78,23 @@ impl Shard {
     fn fetch(&mut self, slot: u32, effects: &mut Effects) {
         let task = &mut self.tasks[slot];
         task.set(FLAG_FETCHING);
-        effects.fetches.push(Fetch { request: task.request(slot), position: task.position, bytes: task.record_bytes() });
+        effects.fetches.push(Fetch {
+            request: task.request(slot),
+            position: task.position,
+            bytes: task.record_bytes(),
+        });
     }
 
     fn read_ahead(&mut self, from: u64, mut slot: u32, effects: &mut Effects) {
         let mut bytes = self.blobs.bytes();
         for _ in 0..READ_AHEAD_TASKS {
-            let Some(task) = self.tasks.get(slot) else { return };
+            let Some(task) = self.tasks.get(slot) else {
+                return;
+            };
             bytes += task.record_bytes() as usize;
-            if task.position.0.wrapping_sub(from) > READ_AHEAD_BYTES || bytes > self.options.fetched_bytes_max {
+            if task.position.0.wrapping_sub(from) > READ_AHEAD_BYTES
+                || bytes > self.options.fetched_bytes_max
+            {
                 return;
             }
             let next = task.next;
@@ -105,23 +113,30 @@ impl Shard {
                 break;
             }
             dealt += 1;
-            let Some(slot) = self.tasks.find(*request) else { continue };
+            let Some(slot) = self.tasks.find(*request) else {
+                continue;
+            };
             let task = &mut self.tasks[slot];
             if !task.has(FLAG_FETCHING) {
                 continue;
             }
             task.clear(FLAG_FETCHING);
-            let wanted = matches!(task.state(), State::Enqueued | State::Dequeued) && task.holder == NIL;
+            let wanted =
+                matches!(task.state(), State::Enqueued | State::Dequeued) && task.holder == NIL;
             match record {
                 Some(record) if wanted => {
                     let blob = self.blobs.put(record);
                     self.tasks[slot].holder = blob;
                     // A stop on its way to the disk ends it there; it is not started any more.
-                    if self.tasks[slot].state() == State::Dequeued && !self.tasks[slot].has(FLAG_BUSY) {
+                    if self.tasks[slot].state() == State::Dequeued
+                        && !self.tasks[slot].has(FLAG_BUSY)
+                    {
                         self.invoke(slot, space);
                     }
                 }
-                None if self.tasks[slot].state() == State::Dequeued && !self.tasks[slot].has(FLAG_BUSY) => {
+                None if self.tasks[slot].state() == State::Dequeued
+                    && !self.tasks[slot].has(FLAG_BUSY) =>
+                {
                     let function = self.tasks[slot].function;
                     self.put_back(slot);
                     self.park(function, WINDOW_NS * 10);

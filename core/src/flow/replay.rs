@@ -11,7 +11,7 @@ use crate::{
     record::{RECORD_HEADER_BYTES, Record, Unreadable, read},
     shard::{Accepted, Fact, Shard},
     state::State,
-    table::task::{FLAG_META, FLAG_MEMORY, NIL},
+    table::task::{FLAG_MEMORY, FLAG_META, NIL},
 };
 
 impl Shard {
@@ -25,7 +25,9 @@ impl Shard {
                 let function = FunctionId(task.function.to_native());
                 let (task_id, key) = (task.task_id.as_bytes(), task.key.as_bytes());
                 let seed = self.options.seed;
-                let meta = task_id.len() + key.len() + task.content_type.len() + task.traceparent.len() > 0;
+                let meta =
+                    task_id.len() + key.len() + task.content_type.len() + task.traceparent.len()
+                        > 0;
                 let accepted = Accepted {
                     request: task.request(),
                     tenant: TenantId(task.tenant.to_native()),
@@ -35,8 +37,13 @@ impl Shard {
                     due_ms: task.due_ms.to_native(),
                     max_age_s: task.max_age_s.to_native(),
                     cost: task.cost.to_native().max(1),
-                    flags: if meta { FLAG_META } else { 0 } | if task.durability == 1 { FLAG_MEMORY } else { 0 },
-                    name: if task_id.is_empty() { 0 } else { name_hash(seed, function, key, task_id) },
+                    flags: if meta { FLAG_META } else { 0 }
+                        | if task.durability == 1 { FLAG_MEMORY } else { 0 },
+                    name: if task_id.is_empty() {
+                        0
+                    } else {
+                        name_hash(seed, function, key, task_id)
+                    },
                     key: key_hash(seed, function, key),
                     payload_hash: task.payload_hash.to_native(),
                     leased: false,
@@ -46,8 +53,18 @@ impl Shard {
             }
             Record::Lease(lease) => {
                 let request = RequestId(lease.request.to_native());
-                let token = Token { generation: lease.generation.to_native(), attempt: lease.attempt.to_native() };
-                (Fact::Leased { request, token, binding: NIL }, lease.at_ms.to_native())
+                let token = Token {
+                    generation: lease.generation.to_native(),
+                    attempt: lease.attempt.to_native(),
+                };
+                (
+                    Fact::Leased {
+                        request,
+                        token,
+                        binding: NIL,
+                    },
+                    lease.at_ms.to_native(),
+                )
             }
             Record::Outcome(outcome) => {
                 let fact = Fact::Ended {
@@ -67,11 +84,22 @@ impl Shard {
             }
             Record::Config(config) => {
                 let change = Box::new(config.change().ok_or(unreadable)?);
-                (Fact::Config { version: config.version.to_native(), change }, 0)
+                (
+                    Fact::Config {
+                        version: config.version.to_native(),
+                        change,
+                    },
+                    0,
+                )
             }
             Record::Clock(clock) => {
                 self.clock_segment = Some(self.segment_of(position));
-                (Fact::Clock { next_seq: clock.next_seq.to_native() }, clock.logged_ms.to_native())
+                (
+                    Fact::Clock {
+                        next_seq: clock.next_seq.to_native(),
+                    },
+                    clock.logged_ms.to_native(),
+                )
             }
         };
         self.see_segment(self.segment_of(position));
@@ -84,9 +112,15 @@ impl Shard {
     pub fn start(&mut self, now: Now) {
         assert!(self.replaying, "a shard starts once");
         self.replaying = false;
-        self.now = Now { mono_ns: now.mono_ns, logged_ms: now.logged_ms.max(self.now.logged_ms) };
+        self.now = Now {
+            mono_ns: now.mono_ns,
+            logged_ms: now.logged_ms.max(self.now.logged_ms),
+        };
         self.tasks.rebuild_free();
-        self.counters = crate::event::Counters { recovered: u64::from(self.tasks.live() - self.finished.count), ..Default::default() };
+        self.counters = crate::event::Counters {
+            recovered: u64::from(self.tasks.live() - self.finished.count),
+            ..Default::default()
+        };
         self.orphans_end_ns = now.mono_ns + self.options.lease_ms * 1_000_000;
         let mut slot = self.orphans.head;
         while slot != NIL {

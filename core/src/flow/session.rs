@@ -28,9 +28,23 @@ impl Shard {
         }
     }
 
-    pub(crate) fn slots_lent(&mut self, executor: u64, function: FunctionId, index: u16, count: u32) {
-        let known = self.lanes.get(function.0 as usize).is_some_and(|lane| lane.live);
-        if !known || !self.sessions.get(&executor).is_some_and(|session| session.connected) {
+    pub(crate) fn slots_lent(
+        &mut self,
+        executor: u64,
+        function: FunctionId,
+        index: u16,
+        count: u32,
+    ) {
+        let known = self
+            .lanes
+            .get(function.0 as usize)
+            .is_some_and(|lane| lane.live);
+        if !known
+            || !self
+                .sessions
+                .get(&executor)
+                .is_some_and(|session| session.connected)
+        {
             return;
         }
         let binding = self.binding_of(executor, function, index);
@@ -47,7 +61,11 @@ impl Shard {
 
     fn binding_of(&mut self, executor: u64, function: FunctionId, index: u16) -> u32 {
         let session = &self.sessions[&executor];
-        let known = session.bindings.iter().copied().find(|&binding| self.bindings[binding as usize].function == function);
+        let known = session
+            .bindings
+            .iter()
+            .copied()
+            .find(|&binding| self.bindings[binding as usize].function == function);
         if let Some(binding) = known {
             return binding;
         }
@@ -71,7 +89,11 @@ impl Shard {
                 self.bindings.len() as u32 - 1
             }
         };
-        self.sessions.get_mut(&executor).expect("looked up above").bindings.push(binding);
+        self.sessions
+            .get_mut(&executor)
+            .expect("looked up above")
+            .bindings
+            .push(binding);
         binding
     }
 
@@ -84,7 +106,11 @@ impl Shard {
         leases: &[(RequestId, Token)],
         effects: &mut Effects,
     ) {
-        if self.sessions.get(&executor).is_none_or(|session| session.connection != connection) {
+        if self
+            .sessions
+            .get(&executor)
+            .is_none_or(|session| session.connection != connection)
+        {
             return;
         }
         let mut kept = Vec::new();
@@ -98,9 +124,14 @@ impl Shard {
         }
         let mut presented: Vec<u32> = Vec::new();
         for &(request, token) in leases {
-            let Some(slot) = self.tasks.find(request) else { continue };
+            let Some(slot) = self.tasks.find(request) else {
+                continue;
+            };
             let task = self.tasks[slot];
-            if !matches!(task.state(), State::Running | State::Stopping) || task.has(FLAG_BUSY) || task.token() != token {
+            if !matches!(task.state(), State::Running | State::Stopping)
+                || task.has(FLAG_BUSY)
+                || task.token() != token
+            {
                 continue;
             }
             if task.holder == NIL {
@@ -126,17 +157,27 @@ impl Shard {
         presented.sort_unstable();
         for slot in undelivered {
             let task = &self.tasks[slot];
-            if presented.binary_search(&slot).is_err() && task.state() == State::Running && !task.has(FLAG_BUSY) {
+            if presented.binary_search(&slot).is_err()
+                && task.state() == State::Running
+                && !task.has(FLAG_BUSY)
+            {
                 self.release(slot);
             }
         }
-        effects.edge(connection.edge()).replies.push((connection, ticket, Reply::Leases { kept }));
+        effects
+            .edge(connection.edge())
+            .replies
+            .push((connection, ticket, Reply::Leases { kept }));
     }
 
     /// The connection is gone; the leases live on for one term.
     pub(crate) fn session_lost(&mut self, executor: u64, connection: ConnectionId) {
         let ends_ns = self.now.mono_ns + self.options.lease_ms * 1_000_000;
-        let Some(session) = self.sessions.get_mut(&executor).filter(|session| session.connection == connection) else {
+        let Some(session) = self
+            .sessions
+            .get_mut(&executor)
+            .filter(|session| session.connection == connection)
+        else {
             return;
         };
         session.connected = false;
@@ -150,7 +191,13 @@ impl Shard {
     /// The executor said goodbye: what it holds is free now.
     pub(crate) fn session_closed(&mut self, executor: u64, connection: ConnectionId) {
         self.session_lost(executor, connection);
-        let Some(session) = self.sessions.get_mut(&executor).filter(|session| !session.connected) else { return };
+        let Some(session) = self
+            .sessions
+            .get_mut(&executor)
+            .filter(|session| !session.connected)
+        else {
+            return;
+        };
         self.graces.remove(&(session.ends_ns, executor));
         session.ends_ns = self.now.mono_ns;
         self.graces.insert((session.ends_ns, executor));
@@ -158,12 +205,22 @@ impl Shard {
 
     /// Forgets an executor that runs nothing.
     pub(crate) fn drop_session(&mut self, executor: u64) {
-        let Some(session) = self.sessions.remove(&executor) else { return };
+        let Some(session) = self.sessions.remove(&executor) else {
+            return;
+        };
         for index in session.bindings {
             let binding = &mut self.bindings[index as usize];
-            assert!(binding.running.count == 0, "its tasks were taken over first");
+            assert!(
+                binding.running.count == 0,
+                "its tasks were taken over first"
+            );
             // Leases on their way to the disk still name it; they become orphans when they arrive.
-            let in_use_later = binding.used > session.overdue.values().filter(|&&overdue| overdue == index).count() as u32;
+            let in_use_later = binding.used
+                > session
+                    .overdue
+                    .values()
+                    .filter(|&&overdue| overdue == index)
+                    .count() as u32;
             let lane = &mut self.lanes[binding.function.0 as usize];
             lane.bindings.retain(|&other| other != index);
             if binding.watched {

@@ -28,14 +28,19 @@ impl Shard {
 
     fn due_tasks(&mut self) {
         for _ in 0..FIRED_MAX {
-            let Some(&(at, slot)) = self.due.first() else { return };
+            let Some(&(at, slot)) = self.due.first() else {
+                return;
+            };
             if at > self.now.logged_ms {
                 return;
             }
             self.due.remove(&(at, slot));
             self.own_age(slot);
             let task = &self.tasks[slot];
-            assert!(task.state().on(Event::Due) == Some(State::Enqueued), "only delayed tasks are due");
+            assert!(
+                task.state().on(Event::Due) == Some(State::Enqueued),
+                "only delayed tasks are due"
+            );
             let function = task.function;
             self.enqueue(slot, false);
             if !self.lanes[function.0 as usize].live {
@@ -46,13 +51,19 @@ impl Shard {
 
     fn aged_tasks(&mut self, space: &mut BatchSpace<'_>) {
         for _ in 0..FIRED_MAX {
-            let Some(&(at, slot)) = self.ages.first() else { return };
+            let Some(&(at, slot)) = self.ages.first() else {
+                return;
+            };
             if at > self.now.logged_ms || space.room() < record_bytes(0) {
                 return;
             }
             self.ages.remove(&(at, slot));
-            let Some(task) = self.tasks.get(slot) else { continue };
-            if !task.has(FLAG_OWN_AGE) || task.accepted_ms() + u64::from(task.max_age_s()) * 1_000 > at {
+            let Some(task) = self.tasks.get(slot) else {
+                continue;
+            };
+            if !task.has(FLAG_OWN_AGE)
+                || task.accepted_ms() + u64::from(task.max_age_s()) * 1_000 > at
+            {
                 continue; // The slot belongs to another task by now.
             }
             if task.has(FLAG_BUSY) || task.state().on(Event::Expire).is_none() {
@@ -67,7 +78,9 @@ impl Shard {
     /// The heads of lanes whose tasks share the function's maximum age.
     fn aged_lanes(&mut self, space: &mut BatchSpace<'_>) {
         for _ in 0..FIRED_MAX {
-            let Some(&(at, function)) = self.lane_ages.first() else { return };
+            let Some(&(at, function)) = self.lane_ages.first() else {
+                return;
+            };
             if at > self.now.logged_ms || space.room() < record_bytes(0) {
                 return;
             }
@@ -80,7 +93,9 @@ impl Shard {
             }
             let task = self.tasks[head];
             let age_ms = u64::from(self.lanes[function as usize].config.max_age_s) * 1_000;
-            if task.has(FLAG_OWN_AGE | FLAG_BUSY) || task.accepted_ms() + age_ms > self.now.logged_ms {
+            if task.has(FLAG_OWN_AGE | FLAG_BUSY)
+                || task.accepted_ms() + age_ms > self.now.logged_ms
+            {
                 // Looked at again when the head may have changed.
                 let due = (task.accepted_ms() + age_ms).max(self.now.logged_ms + 100);
                 self.lanes[function as usize].age_armed = true;
@@ -102,7 +117,9 @@ impl Shard {
 
     fn forgotten_names(&mut self) {
         for _ in 0..FIRED_MAX {
-            let Some(&(name, accepted_ms)) = self.name_ages.front() else { return };
+            let Some(&(name, accepted_ms)) = self.name_ages.front() else {
+                return;
+            };
             if accepted_ms + self.options.dedup_window_ms > self.now.logged_ms {
                 return;
             }
@@ -127,7 +144,9 @@ impl Shard {
     /// the one to look at.
     fn overdue_attempts(&mut self, space: &mut BatchSpace<'_>) {
         for _ in 0..FIRED_MAX {
-            let Some(&(at, binding)) = self.watch.first() else { return };
+            let Some(&(at, binding)) = self.watch.first() else {
+                return;
+            };
             if at > self.now.mono_ns || space.room() < record_bytes(256) {
                 return;
             }
@@ -155,7 +174,12 @@ impl Shard {
                 if let Some(session) = self.sessions.get_mut(&executor) {
                     session.overdue.insert((request, token), binding);
                 }
-                self.fail_attempt(slot, Code::DeadlineExceeded, "the attempt took longer than its function's timeout", space);
+                self.fail_attempt(
+                    slot,
+                    Code::DeadlineExceeded,
+                    "the attempt took longer than its function's timeout",
+                    space,
+                );
             }
             self.watch_binding(binding);
         }
@@ -163,15 +187,24 @@ impl Shard {
 
     fn lost_executors(&mut self, space: &mut BatchSpace<'_>) {
         for _ in 0..FIRED_MAX {
-            let Some(&(at, executor)) = self.graces.first() else { return };
+            let Some(&(at, executor)) = self.graces.first() else {
+                return;
+            };
             if at > self.now.mono_ns {
                 return;
             }
-            let Some(session) = self.sessions.get(&executor).filter(|session| !session.connected && session.ends_ns == at) else {
+            let Some(session) = self
+                .sessions
+                .get(&executor)
+                .filter(|session| !session.connected && session.ends_ns == at)
+            else {
                 self.graces.remove(&(at, executor));
                 continue;
             };
-            let running = session.bindings.iter().map(|&binding| self.bindings[binding as usize].running.head);
+            let running = session
+                .bindings
+                .iter()
+                .map(|&binding| self.bindings[binding as usize].running.head);
             let Some(slot) = running.clone().find(|&slot| slot != NIL) else {
                 self.graces.remove(&(at, executor));
                 self.drop_session(executor);
@@ -201,13 +234,20 @@ impl Shard {
 
     fn take_over(&mut self, slot: u32, space: &mut BatchSpace<'_>) {
         self.counters.taken_over += 1;
-        self.fail_attempt(slot, Code::Unavailable, "the executor went away during the attempt", space);
+        self.fail_attempt(
+            slot,
+            Code::Unavailable,
+            "the executor went away during the attempt",
+            space,
+        );
     }
 
     /// Tasks of deleted functions.
     fn doomed_lanes(&mut self, space: &mut BatchSpace<'_>) {
         for _ in 0..FIRED_MAX {
-            let Some(&function) = self.doomed.last() else { return };
+            let Some(&function) = self.doomed.last() else {
+                return;
+            };
             let head = self.lanes[function as usize].waiting.head;
             if head == NIL {
                 self.doomed.pop();

@@ -24,7 +24,10 @@ pub struct Robin {
 impl Robin {
     fn queue(&mut self, queue: u32) -> &mut Queue {
         if self.queues.len() <= queue as usize {
-            self.queues.resize_with(queue as usize + 1, || Queue { weight: 1, ..Queue::default() });
+            self.queues.resize_with(queue as usize + 1, || Queue {
+                weight: 1,
+                ..Queue::default()
+            });
         }
         &mut self.queues[queue as usize]
     }
@@ -46,19 +49,27 @@ impl Robin {
 
     /// Lanes of a queue that can start something.
     pub fn lanes(&self, queue: u32) -> usize {
-        self.queues.get(queue as usize).map_or(0, |queue| queue.lanes.len())
+        self.queues
+            .get(queue as usize)
+            .map_or(0, |queue| queue.lanes.len())
     }
 
     /// The queue and lane whose turn it is.
     pub fn front(&self) -> Option<(u32, u32)> {
         let &queue = self.ring.front()?;
-        let &lane = self.queues[queue as usize].lanes.front().expect("a queue in the ring has a lane");
+        let &lane = self.queues[queue as usize]
+            .lanes
+            .front()
+            .expect("a queue in the ring has a lane");
         Some((queue, lane))
     }
 
     /// Pays for one task of the queue in front, or passes the turn on and returns false.
     pub fn pay(&mut self, cost: u16) -> bool {
-        let &front = self.ring.front().expect("the caller has looked at the front");
+        let &front = self
+            .ring
+            .front()
+            .expect("the caller has looked at the front");
         let queue = &mut self.queues[front as usize];
         let cost = u32::from(cost.max(1));
         if queue.deficit < cost {
@@ -77,7 +88,10 @@ impl Robin {
 
     /// Takes the lane whose turn it is out of the ring: it cannot start anything now.
     pub fn drop_front_lane(&mut self) {
-        let &front = self.ring.front().expect("the caller has looked at the front");
+        let &front = self
+            .ring
+            .front()
+            .expect("the caller has looked at the front");
         let queue = &mut self.queues[front as usize];
         queue.lanes.pop_front();
         if queue.lanes.is_empty() {
@@ -87,7 +101,10 @@ impl Robin {
 
     /// Takes the queue in front out of the ring and returns its lanes one by one through `dropped`.
     pub fn drop_front_queue(&mut self, mut dropped: impl FnMut(u32)) {
-        let &front = self.ring.front().expect("the caller has looked at the front");
+        let &front = self
+            .ring
+            .front()
+            .expect("the caller has looked at the front");
         for lane in self.queues[front as usize].lanes.drain(..) {
             dropped(lane);
         }
@@ -95,7 +112,10 @@ impl Robin {
     }
 
     fn leave_ring(&mut self) {
-        let front = self.ring.pop_front().expect("the caller has looked at the front");
+        let front = self
+            .ring
+            .pop_front()
+            .expect("the caller has looked at the front");
         let queue = &mut self.queues[front as usize];
         queue.in_ring = false;
         queue.deficit = 0;

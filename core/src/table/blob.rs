@@ -55,13 +55,19 @@ impl BlobPool {
                     self.pages.push(Page::default());
                     self.pages.len() as u32 - 1
                 });
-                self.pages[page as usize].bytes.reserve(PAGE_BYTES.max(bytes.len()));
+                self.pages[page as usize]
+                    .bytes
+                    .reserve(PAGE_BYTES.max(bytes.len()));
                 self.open = Some(page);
                 page
             }
         };
         let target = &mut self.pages[page as usize];
-        let blob = Blob { page, offset: target.bytes.len() as u32, len: bytes.len() as u32 };
+        let blob = Blob {
+            page,
+            offset: target.bytes.len() as u32,
+            len: bytes.len() as u32,
+        };
         target.bytes.extend_from_slice(bytes);
         target.live += 1;
         self.bytes += bytes.len();
@@ -114,7 +120,14 @@ mod tests {
         let mut pool = BlobPool::default();
         let mut held = VecDeque::new();
         for round in 0..50_000usize {
-            let bytes = vec![round as u8; if round % 997 == 0 { 100_000 } else { round % 700 }];
+            let bytes = vec![
+                round as u8;
+                if round % 997 == 0 {
+                    100_000
+                } else {
+                    round % 700
+                }
+            ];
             held.push_back((pool.put(&bytes), bytes));
             if held.len() > 500 {
                 let (handle, bytes) = held.pop_front().unwrap();

@@ -15,7 +15,11 @@ pub struct PagedQueue<T> {
 
 impl<T> Default for PagedQueue<T> {
     fn default() -> PagedQueue<T> {
-        PagedQueue { pages: VecDeque::new(), taken: 0, len: 0 }
+        PagedQueue {
+            pages: VecDeque::new(),
+            taken: 0,
+            len: 0,
+        }
     }
 }
 
@@ -32,7 +36,11 @@ impl<T: Copy> PagedQueue<T> {
 
     /// Appends an item.
     pub fn push(&mut self, item: T) {
-        if self.pages.back().is_none_or(|page| page.len() == ITEMS_PER_PAGE) {
+        if self
+            .pages
+            .back()
+            .is_none_or(|page| page.len() == ITEMS_PER_PAGE)
+        {
             self.pages.push_back(Vec::with_capacity(ITEMS_PER_PAGE));
         }
         self.pages.back_mut().expect("pushed above").push(item);
@@ -77,7 +85,10 @@ mod tests {
                 }
             }
             assert_eq!(queue.len(), next_in - next_out);
-            assert_eq!(queue.front().copied(), (next_in > next_out).then_some(next_out));
+            assert_eq!(
+                queue.front().copied(),
+                (next_in > next_out).then_some(next_out)
+            );
         }
     }
 }

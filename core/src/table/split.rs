@@ -29,13 +29,22 @@ pub struct SplitMap<V> {
 
 impl<V: Copy> Default for SplitMap<V> {
     fn default() -> SplitMap<V> {
-        SplitMap { depth: 0, directory: vec![0], tables: vec![SubTable::new(0, PLACES_MIN)], len: 0 }
+        SplitMap {
+            depth: 0,
+            directory: vec![0],
+            tables: vec![SubTable::new(0, PLACES_MIN)],
+            len: 0,
+        }
     }
 }
 
 impl<V: Copy> SubTable<V> {
     fn new(depth: u32, places: usize) -> SubTable<V> {
-        SubTable { depth, used: 0, places: vec![None; places].into_boxed_slice() }
+        SubTable {
+            depth,
+            used: 0,
+            places: vec![None; places].into_boxed_slice(),
+        }
     }
 
     fn full(&self) -> bool {
@@ -69,7 +78,9 @@ impl<V: Copy> SubTable<V> {
         let mut at = hole;
         loop {
             at = (at + 1) & mask;
-            let Some((key, _)) = &self.places[at] else { return };
+            let Some((key, _)) = &self.places[at] else {
+                return;
+            };
             let home = *key as usize & mask;
             if (at.wrapping_sub(home) & mask) >= (at.wrapping_sub(hole) & mask) {
                 self.places[hole] = self.places[at].take();
@@ -91,14 +102,20 @@ impl<V: Copy> SplitMap<V> {
     }
 
     fn table_of(&self, key: u128) -> usize {
-        let index = if self.depth == 0 { 0 } else { (key >> (128 - self.depth)) as usize };
+        let index = if self.depth == 0 {
+            0
+        } else {
+            (key >> (128 - self.depth)) as usize
+        };
         self.directory[index] as usize
     }
 
     /// The value of a key.
     pub fn get(&self, key: u128) -> Option<&V> {
         let table = &self.tables[self.table_of(key)];
-        table.places[table.seek(key)].as_ref().map(|(_, value)| value)
+        table.places[table.seek(key)]
+            .as_ref()
+            .map(|(_, value)| value)
     }
 
     /// The value of a key, to be changed in place.
@@ -145,11 +162,18 @@ impl<V: Copy> SplitMap<V> {
             return;
         }
         if depth == self.depth {
-            self.directory = self.directory.iter().flat_map(|&table| [table, table]).collect();
+            self.directory = self
+                .directory
+                .iter()
+                .flat_map(|&table| [table, table])
+                .collect();
             self.depth += 1;
         }
         let sibling = self.tables.len() as u32;
-        let old = core::mem::replace(&mut self.tables[index], SubTable::new(depth + 1, PLACES_MAX));
+        let old = core::mem::replace(
+            &mut self.tables[index],
+            SubTable::new(depth + 1, PLACES_MAX),
+        );
         self.tables.push(SubTable::new(depth + 1, PLACES_MAX));
         for (key, value) in old.places.iter().flatten() {
             let upper = key >> (127 - depth) & 1 == 1;
@@ -180,7 +204,9 @@ mod tests {
         let mut plain = BTreeMap::new();
         let mut state = 1u64;
         for round in 0..200_000u64 {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             let key = hash(state >> 33 & 0xFFFF);
             if state & 3 == 0 {
                 assert_eq!(map.remove(key), plain.remove(&key));
@@ -193,6 +219,12 @@ mod tests {
         for n in 0..=0xFFFF {
             assert_eq!(map.get(hash(n)), plain.get(&hash(n)));
         }
-        assert!(map.tables.len() > 8 && map.tables.iter().all(|table| table.places.len() <= PLACES_MAX));
+        assert!(
+            map.tables.len() > 8
+                && map
+                    .tables
+                    .iter()
+                    .all(|table| table.places.len() <= PLACES_MAX)
+        );
     }
 }

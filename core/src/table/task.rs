@@ -69,7 +69,8 @@ pub struct Task {
 }
 
 const _: () = assert!(size_of::<Task>() == 64);
-const _: () = assert!(crate::limits::RECORD_BYTES_MAX / (RECORD_UNIT_BYTES as usize) < u16::MAX as usize);
+const _: () =
+    assert!(crate::limits::RECORD_BYTES_MAX / (RECORD_UNIT_BYTES as usize) < u16::MAX as usize);
 const _: () = assert!(crate::limits::MAX_AGE_S_MAX < 1 << 20);
 
 impl Task {
@@ -95,7 +96,12 @@ impl Task {
 
     /// Its identity, given the slot in which it lives.
     pub fn request(&self, slot: u32) -> RequestId {
-        RequestId::new(CellId(self.place >> 4), self.accepted_ms(), self.word >> 24, SlotIndex(slot))
+        RequestId::new(
+            CellId(self.place >> 4),
+            self.accepted_ms(),
+            self.word >> 24,
+            SlotIndex(slot),
+        )
     }
 
     /// Its state.
@@ -159,7 +165,10 @@ impl Task {
 
     /// The fencing token of its current attempt.
     pub fn token(&self) -> Token {
-        Token { generation: self.place & 15, attempt: self.attempt }
+        Token {
+            generation: self.place & 15,
+            attempt: self.attempt,
+        }
     }
 
     /// Bytes of its record, rounded up to whole units.
@@ -181,7 +190,11 @@ pub struct List {
 
 impl Default for List {
     fn default() -> List {
-        List { head: NIL, tail: NIL, count: 0 }
+        List {
+            head: NIL,
+            tail: NIL,
+            count: 0,
+        }
     }
 }
 
@@ -197,7 +210,12 @@ pub struct TaskTable {
 
 impl Default for TaskTable {
     fn default() -> TaskTable {
-        TaskTable { pages: Vec::new(), free: NIL, used: 0, live: 0 }
+        TaskTable {
+            pages: Vec::new(),
+            free: NIL,
+            used: 0,
+            live: 0,
+        }
     }
 }
 
@@ -251,7 +269,8 @@ impl TaskTable {
 
     fn grow_to(&mut self, used: u32) {
         while self.pages.len() * TASKS_PER_PAGE < used as usize {
-            self.pages.push(alloc::vec![EMPTY; TASKS_PER_PAGE].into_boxed_slice());
+            self.pages
+                .push(alloc::vec![EMPTY; TASKS_PER_PAGE].into_boxed_slice());
         }
         self.used = self.used.max(used);
     }
@@ -260,8 +279,14 @@ impl TaskTable {
     pub fn release(&mut self, slot: u32) {
         let free = self.free;
         let entry = self.entry(slot);
-        assert!(entry.word == 0, "a slot with a task is removed, not released");
-        *entry = Task { next: free, ..EMPTY };
+        assert!(
+            entry.word == 0,
+            "a slot with a task is removed, not released"
+        );
+        *entry = Task {
+            next: free,
+            ..EMPTY
+        };
         self.free = slot;
     }
 
@@ -279,7 +304,10 @@ impl TaskTable {
         let free = self.free;
         let entry = self.entry(slot);
         assert!(entry.word != 0, "only a task is removed");
-        *entry = Task { next: free, ..EMPTY };
+        *entry = Task {
+            next: free,
+            ..EMPTY
+        };
         self.free = slot;
         self.live -= 1;
     }
@@ -307,7 +335,9 @@ impl TaskTable {
     /// The slot of the task with this identity.
     pub fn find(&self, request: RequestId) -> Option<u32> {
         let slot = request.slot().0;
-        self.get(slot).filter(|task| task.request(slot) == request).map(|_| slot)
+        self.get(slot)
+            .filter(|task| task.request(slot) == request)
+            .map(|_| slot)
     }
 
     /// Appends a task that is in no list.
@@ -394,7 +424,10 @@ mod tests {
             task.set_retries(8);
             task.set(FLAG_BUSY | FLAG_META);
             task.set_max_age_s(604_800);
-            assert_eq!((task.state(), task.retries(), task.max_age_s()), (state, 8, 604_800));
+            assert_eq!(
+                (task.state(), task.retries(), task.max_age_s()),
+                (state, 8, 604_800)
+            );
             assert!(task.has(FLAG_BUSY) && !task.has(FLAG_CREDIT));
             task.clear(FLAG_BUSY);
             assert!(!task.has(FLAG_BUSY) && task.has(FLAG_META));

@@ -1,0 +1,606 @@
+//! What a shard promises, shown one promise a test on a log in memory. The audit runs after every step.
+
+mod rig;
+
+use pelton_core::{
+    config::{FunctionConfig, OnFailure, TenantConfig, Wish},
+    error::Code,
+    event::{Control, Query, Reply, Start, Target, Verdict},
+    id::{RequestId, Token},
+    shard::Options,
+    state::State,
+};
+use rig::{CALLER, EXECUTOR, Rig, WORKER};
+
+fn rig() -> Rig {
+    Rig::new(Options {
+        segment_bytes: 8 << 20,
+        ..Options::default()
+    })
+}
+
+#[test]
+fn a_task_is_accepted_leased_and_finished_with_its_result() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 4);
+    let request = rig.accept(function, b"hello");
+    let [(leased, token, payload)] = &rig.executes()[..] else {
+        panic!("one lease")
+    };
+    assert_eq!(
+        (*leased, token.attempt, &payload[..]),
+        (request, 1, &b"hello"[..])
+    );
+    assert_eq!(rig.state(request), State::Running);
+    assert_eq!(
+        rig.outcome(request, *token, Verdict::Succeeded, "world"),
+        Ok(())
+    );
+    assert_eq!(
+        rig.finished()[&request],
+        (State::Succeeded, b"world".to_vec())
+    );
+    assert_eq!(
+        rig.outcome(request, *token, Verdict::Succeeded, "again"),
+        Err(Code::StaleLease)
+    );
+}
+
+#[test]
+fn a_lease_into_an_empty_lane_takes_one_flush() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let before = rig.log.len();
+    rig.accept(function, b"x");
+    assert_eq!(rig.log.len() - before, 1);
+    assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn a_backlog_survives_a_restart_and_runs_in_order() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let requests: Vec<RequestId> = (0..50u8).map(|n| rig.accept(function, &[n; 300])).collect();
+    rig.restart();
+    for &request in &requests {
+        assert_eq!(rig.state(request), State::Enqueued);
+    }
+    rig.lend(function, 10);
+    let mut ran = Vec::new();
+    while ran.len() < 50 {
+        let batch = rig.executes();
+        assert!(!batch.is_empty() && batch.len() <= 10);
+        for (request, token, payload) in batch {
+            assert_eq!(payload, [ran.len() as u8; 300]);
+            ran.push(request);
+            assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+        }
+    }
+    assert_eq!(ran, requests);
+}
+
+#[test]
+fn a_running_task_keeps_its_lease_over_a_restart() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"long");
+    let (_, token, _) = rig.executes()[0].clone();
+    rig.restart();
+    assert_eq!(rig.state(request), State::Running);
+    rig.inbox.control.push_back(Control::SessionOpened {
+        executor: EXECUTOR,
+        connection: WORKER,
+    });
+    let leases = vec![
+        (request, token),
+        (
+            request,
+            Token {
+                attempt: 9,
+                ..token
+            },
+        ),
+    ];
+    rig.inbox.control.push_back(Control::LeasesPresented {
+        executor: EXECUTOR,
+        connection: WORKER,
+        ticket: 5,
+        leases,
+    });
+    rig.settle();
+    assert_eq!(
+        rig.out.replies.pop().unwrap().2,
+        Reply::Leases {
+            kept: vec![(request, token)]
+        }
+    );
+    rig.lend(function, 1);
+    rig.advance(20_000);
+    assert!(rig.executes().is_empty(), "it is not run again");
+    assert_eq!(
+        rig.outcome(request, token, Verdict::Succeeded, "done"),
+        Ok(())
+    );
+    assert_eq!(rig.state(request), State::Succeeded);
+}
+
+#[test]
+fn a_lost_executor_is_taken_over_after_one_term_and_its_late_answer_refused() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    let (_, old, _) = rig.executes()[0].clone();
+    rig.inbox.control.push_back(Control::SessionLost {
+        executor: EXECUTOR,
+        connection: WORKER,
+    });
+    rig.settle();
+    rig.advance(14_000);
+    assert_eq!(rig.state(request), State::Running);
+    rig.advance(2_000);
+    rig.advance(1);
+    assert_eq!(rig.state(request), State::Enqueued);
+    let other = pelton_core::id::ConnectionId(3);
+    rig.inbox.control.push_back(Control::SessionOpened {
+        executor: 78,
+        connection: other,
+    });
+    rig.inbox.control.push_back(Control::SlotsLent {
+        executor: 78,
+        function,
+        index: 0,
+        count: 1,
+    });
+    rig.settle();
+    let (again, new, _) = rig.executes()[0].clone();
+    assert_eq!((again, new.attempt), (request, 2));
+    assert_eq!(
+        rig.outcome(request, old, Verdict::Succeeded, "late"),
+        Err(Code::StaleLease)
+    );
+    assert_eq!(rig.outcome(request, new, Verdict::Succeeded, "new"), Ok(()));
+    assert_eq!(rig.finished()[&request].1, b"new");
+}
+
+#[test]
+fn a_failure_is_retried_with_growing_waits_and_ends_as_failed() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 2,
+        backoff_ms_min: 100,
+        backoff_ms_max: 1_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "flaky", config);
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    for attempt in 1..=3 {
+        let (_, token, _) = rig.executes()[0].clone();
+        assert_eq!(token.attempt, attempt);
+        assert_eq!(rig.outcome(request, token, Verdict::Failed, "boom"), Ok(()));
+        if attempt < 3 {
+            assert_eq!(rig.state(request), State::Retrying);
+            if attempt == 1 {
+                rig.restart();
+                rig.lend(function, 1);
+            }
+            rig.advance(200);
+        }
+    }
+    assert_eq!(rig.state(request), State::Failed);
+}
+
+#[test]
+fn a_throttle_parks_the_lane_and_spends_no_retry() {
+    let mut rig = rig();
+    let function = rig.function(
+        "acme",
+        "busy",
+        FunctionConfig {
+            retries: 0,
+            ..FunctionConfig::default()
+        },
+    );
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    for attempt in 1..5 {
+        let (_, token, _) = rig.executes()[0].clone();
+        assert_eq!(token.attempt, attempt);
+        assert_eq!(
+            rig.outcome(
+                request,
+                token,
+                Verdict::Throttled {
+                    retry_after_ms: 500
+                },
+                ""
+            ),
+            Ok(())
+        );
+        rig.advance(499);
+        assert!(rig.executes().is_empty());
+        rig.advance(1);
+    }
+    let (_, token, _) = rig.executes()[0].clone();
+    assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(rig.state(request), State::Succeeded);
+}
+
+#[test]
+fn one_name_is_one_task_before_and_after_a_restart() {
+    let mut rig = rig();
+    let function = rig.function("acme", "order", FunctionConfig::default());
+    let (a, b) = (
+        rig.task(function, "o-1", "", b"same"),
+        rig.task(function, "o-1", "", b"same"),
+    );
+    rig.post(a);
+    rig.post(b);
+    rig.settle();
+    let [first, second] = &rig.out.answers[..] else {
+        panic!("two answers")
+    };
+    assert_eq!((first.code, first.duplicate), (Code::Ok, false));
+    assert_eq!(
+        (second.code, second.duplicate, second.request),
+        (Code::Ok, true, first.request)
+    );
+    let request = first.request;
+    rig.restart();
+    let again = rig.submit(rig.task(function, "o-1", "", b"same"));
+    assert_eq!(
+        (again.code, again.duplicate, again.request),
+        (Code::Ok, true, request)
+    );
+    assert_eq!(
+        rig.submit(rig.task(function, "o-1", "", b"other")).code,
+        Code::IdReused
+    );
+    rig.advance(86_400_001);
+    assert!(
+        !rig.submit(rig.task(function, "o-1", "", b"other"))
+            .duplicate,
+        "the window is over"
+    );
+}
+
+#[test]
+fn a_key_runs_one_task_at_a_time_in_order() {
+    let mut rig = rig();
+    let function = rig.function(
+        "acme",
+        "ledger",
+        FunctionConfig {
+            backoff_ms_min: 50,
+            ..FunctionConfig::default()
+        },
+    );
+    rig.lend(function, 8);
+    let mut requests = Vec::new();
+    for n in 0..3u8 {
+        requests.push(
+            rig.submit(rig.task(function, "", "account-1", &[n]))
+                .request,
+        );
+    }
+    let other = rig
+        .submit(rig.task(function, "", "account-2", b"z"))
+        .request;
+    let started: Vec<_> = rig.executes();
+    assert_eq!(
+        started.iter().map(|e| e.0).collect::<Vec<_>>(),
+        [requests[0], other]
+    );
+    assert_eq!(
+        rig.outcome(requests[0], started[0].1, Verdict::Failed, "once"),
+        Ok(())
+    );
+    assert!(rig.executes().is_empty(), "its retry holds its key");
+    rig.advance(1_000);
+    for &request in &requests {
+        let [(next, token, _)] = rig.executes().try_into().unwrap();
+        assert_eq!(next, request);
+        assert_eq!(rig.outcome(next, token, Verdict::Succeeded, ""), Ok(()));
+    }
+}
+
+#[test]
+fn a_failed_key_is_held_until_its_function_goes_on() {
+    let mut rig = rig();
+    let hold = FunctionConfig {
+        retries: 0,
+        on_failure: OnFailure::Hold,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "ledger", hold);
+    rig.lend(function, 8);
+    let first = rig.submit(rig.task(function, "", "k", b"1")).request;
+    let second = rig.submit(rig.task(function, "", "k", b"2")).request;
+    let (_, token, _) = rig.executes()[0].clone();
+    assert_eq!(rig.outcome(first, token, Verdict::Failed, "no"), Ok(()));
+    assert!(rig.executes().is_empty());
+    rig.function(
+        "acme",
+        "ledger",
+        FunctionConfig {
+            on_failure: OnFailure::Continue,
+            ..hold
+        },
+    );
+    assert_eq!(rig.executes()[0].0, second);
+}
+
+#[test]
+fn stopping_ends_waiting_tasks_at_once_and_running_ones_through_their_executor() {
+    let mut rig = rig();
+    let function = rig.function("acme", "f", FunctionConfig::default());
+    rig.lend(function, 1);
+    let running = rig.accept(function, b"1");
+    let waiting = rig.accept(function, b"2");
+    let (_, token, _) = rig.executes()[0].clone();
+    let stop = |request| Query::Stop {
+        target: Target::Request(request),
+    };
+    assert_eq!(
+        rig.query(stop(waiting)),
+        Reply::Done {
+            state: Some(State::Stopped)
+        }
+    );
+    assert_eq!(
+        rig.query(stop(running)),
+        Reply::Done {
+            state: Some(State::Stopping)
+        }
+    );
+    assert_eq!(rig.out.cancels.pop().unwrap().request, running);
+    assert_eq!(
+        rig.outcome(running, token, Verdict::Succeeded, "too late"),
+        Ok(())
+    );
+    assert_eq!(
+        (rig.state(running), rig.state(waiting)),
+        (State::Stopped, State::Stopped)
+    );
+    assert!(matches!(
+        rig.query(stop(running)),
+        Reply::Refused {
+            code: Code::FailedPrecondition,
+            ..
+        }
+    ));
+    rig.restart();
+    assert_eq!(
+        (rig.state(running), rig.state(waiting)),
+        (State::Stopped, State::Stopped)
+    );
+}
+
+#[test]
+fn tasks_expire_by_their_own_age_or_their_functions() {
+    let mut rig = rig();
+    let function = rig.function(
+        "acme",
+        "f",
+        FunctionConfig {
+            max_age_s: 10,
+            ..FunctionConfig::default()
+        },
+    );
+    let lane = rig.accept(function, b"1");
+    let mut own = rig.task(function, "", "", b"2");
+    own.tasks[0].max_age_s = 2;
+    let own = rig.submit(own).request;
+    rig.advance(2_100);
+    assert_eq!(
+        (rig.state(own), rig.state(lane)),
+        (State::Expired, State::Enqueued)
+    );
+    rig.restart();
+    rig.advance(8_000);
+    assert_eq!(
+        (rig.state(own), rig.state(lane)),
+        (State::Expired, State::Expired)
+    );
+}
+
+#[test]
+fn a_delayed_task_waits_for_its_time() {
+    let mut rig = rig();
+    let function = rig.function("acme", "f", FunctionConfig::default());
+    rig.lend(function, 1);
+    let mut task = rig.task(function, "", "", b"later");
+    task.tasks[0].start = Start::DelayMs(5_000);
+    let request = rig.submit(task).request;
+    assert_eq!(rig.state(request), State::Scheduled);
+    rig.advance(4_999);
+    assert!(rig.executes().is_empty());
+    rig.restart();
+    rig.lend(function, 1);
+    rig.advance(1);
+    assert_eq!(rig.executes()[0].0, request);
+}
+
+#[test]
+fn an_attempt_that_takes_too_long_is_cancelled_and_its_slot_stays_taken_until_it_lets_go() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        timeout_ms: 1_000,
+        backoff_ms_min: 10,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "f", config);
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"slow");
+    let (_, token, _) = rig.executes()[0].clone();
+    rig.advance(1_001);
+    assert_eq!(rig.state(request), State::Retrying);
+    assert_eq!(rig.out.cancels.pop().unwrap().token, token);
+    rig.advance(1_000);
+    assert!(rig.executes().is_empty(), "the only slot is still busy");
+    assert_eq!(
+        rig.outcome(request, token, Verdict::Stopped, ""),
+        Err(Code::StaleLease)
+    );
+    assert_eq!(rig.executes()[0].1.attempt, 2);
+}
+
+#[test]
+fn tenants_share_by_weight_and_one_flood_does_not_starve_another() {
+    let mut rig = rig();
+    let noisy = rig.function("noisy", "f", FunctionConfig::default());
+    let quiet = rig.function("quiet", "f", FunctionConfig::default());
+    rig.configure(Wish::SetTenant {
+        name: "quiet".into(),
+        config: TenantConfig {
+            weight: 2,
+            ..TenantConfig::default()
+        },
+    });
+    for _ in 0..300 {
+        rig.accept(noisy, b"n");
+    }
+    for _ in 0..30 {
+        rig.accept(quiet, b"q");
+    }
+    rig.restart();
+    rig.lend(noisy, 1);
+    rig.lend(quiet, 1);
+    let mut seen = [0; 2];
+    while seen[1] < 30 {
+        for (request, token, payload) in rig.executes() {
+            seen[usize::from(payload == b"q")] += 1;
+            assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+        }
+    }
+    assert!(seen[0] <= 35, "{seen:?}");
+}
+
+#[test]
+fn concurrency_is_never_exceeded() {
+    let mut rig = rig();
+    let function = rig.function(
+        "acme",
+        "f",
+        FunctionConfig {
+            concurrency: 3,
+            ..FunctionConfig::default()
+        },
+    );
+    rig.lend(function, 100);
+    for _ in 0..10 {
+        rig.accept(function, b"x");
+    }
+    let running = rig.executes();
+    assert_eq!(running.len(), 3);
+    assert_eq!(
+        rig.outcome(running[0].0, running[0].1, Verdict::Succeeded, ""),
+        Ok(())
+    );
+    assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn a_tenants_bound_refuses_and_another_tenants_task_is_not_found() {
+    let mut rig = rig();
+    let function = rig.function("acme", "f", FunctionConfig::default());
+    let other = rig.function("globex", "f", FunctionConfig::default());
+    let config = TenantConfig {
+        waiting_max: 2,
+        ..TenantConfig::default()
+    };
+    rig.configure(Wish::SetTenant {
+        name: "acme".into(),
+        config,
+    });
+    rig.accept(function, b"1");
+    rig.accept(function, b"2");
+    let refused = rig.submit(rig.task(function, "", "", b"3"));
+    assert_eq!(refused.code, Code::ResourceExhausted);
+    assert!(refused.retry_after_ms > 0 && !refused.what.is_empty());
+    let foreign = rig.accept(other, b"x");
+    let get = Query::Get {
+        target: Target::Request(foreign),
+    };
+    assert!(
+        matches!(
+            rig.query(get),
+            Reply::Refused {
+                code: Code::NotFound,
+                ..
+            }
+        ),
+        "callers here are acme"
+    );
+    let mut wrong = rig.task(other, "", "", b"x");
+    wrong.tenant = rig.task(function, "", "", b"").tenant;
+    assert_eq!(rig.submit(wrong).code, Code::NotFound);
+}
+
+#[test]
+fn a_deleted_function_invalidates_what_waits() {
+    let mut rig = rig();
+    let function = rig.function("acme", "f", FunctionConfig::default());
+    let request = rig.accept(function, b"x");
+    rig.configure(Wish::RemoveFunction {
+        tenant: "acme".into(),
+        name: "f".into(),
+    });
+    rig.advance(1);
+    assert_eq!(rig.state(request), State::Invalid);
+    assert_eq!(
+        rig.submit(rig.task(function, "", "", b"y")).code,
+        Code::NotFound
+    );
+}
+
+#[test]
+fn finished_tasks_let_old_segments_go_and_configuration_stays() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 4 << 20,
+        finished_max: 10,
+        ..Options::default()
+    });
+    let function = rig.function("acme", "f", FunctionConfig::default());
+    rig.lend(function, 64);
+    for _ in 0..60 {
+        for _ in 0..20 {
+            let batch = rig.task(function, "", "", &[7; 30_000]);
+            rig.post(batch);
+        }
+        rig.settle();
+        for (request, token, _) in rig.executes() {
+            assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+        }
+        rig.out = Default::default();
+    }
+    let dead = rig.shard.retire_before();
+    assert!(dead.0 > 4 * (4 << 20), "{dead:?}");
+    rig.log.retain(|(base, _)| *base >= dead.0);
+    rig.restart();
+    assert!(rig.shard.directory().function(function).unwrap().live);
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"still works");
+    assert_eq!(rig.executes()[0].0, request);
+}
+
+#[test]
+fn a_failed_log_answers_unavailable() {
+    let mut rig = rig();
+    let function = rig.function("acme", "f", FunctionConfig::default());
+    let batch = rig.task(function, "", "", b"x");
+    rig.post(batch);
+    rig.step(None);
+    let mut effects = pelton_core::event::Effects::default();
+    rig.shard.on_poisoned(&mut effects);
+    assert_eq!(
+        effects.edge(CALLER.edge()).answers[0].code,
+        Code::Unavailable
+    );
+    let refused = rig.submit(rig.task(function, "", "", b"y"));
+    assert_eq!(refused.code, Code::Unavailable);
+}
