@@ -1,1 +1,17 @@
-//! Placeholder.
+//! The segment log of Pelton: makes bytes durable and finds them again. Sans I/O: a [`device::Device`] performs what a
+//! [`log::Log`] asks for. `docs/FORMAT.md` describes the bytes.
+//!
+//! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
+//! log; `recover` how it is found again; `memory` a disk for tests; `manifest` what a data directory is.
+
+pub mod format;
+
+pub mod device;
+
+pub mod segment;
+
+pub mod log;
+
+pub mod recover;
+
+pub mod memory;

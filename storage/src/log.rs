@@ -1,0 +1,700 @@
+//! The live log of one shard: the batch that is being filled, the one in flight, the one that became durable, and the
+//! segments behind and ahead of them.
+//!
+//! ```text
+//!   live segments                        the last one                      prepared ones
+//!   [h|batch|batch|..|batch|...] ... [h|batch|batch|in flight|open|....]  [h|.........] [h|.........]
+//!    ^ retired                                       ^ durable
+//! ```
+//!
+//! Invariants: at most one batch is in flight; a batch never crosses a segment; a segment is recycled only after a
+//! durable batch says that it is dead; after a failed write or flush the log is poisoned for good.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use pelton_core::{event::Durable, id::Lsn, limits::BATCH_BYTES_MAX, record::BatchSpace};
+
+use crate::{
+    device::{Device, DeviceError, DeviceErrorKind, DeviceOp, Output, Tag},
+    format::{
+        BATCH_HEADER_BYTES, BLOCK_BYTES, BatchHeader, FLAG_CARRY, FLAG_CLOSING,
+        SEGMENT_DATA_OFFSET, SegmentHeader,
+    },
+    segment::{FILL_PIECE_BYTES, File, Progress, Segment, Work},
+};
+
+/// Buffers that a device holds for a log: one in flight, one open, one durable and being read.
+pub const BUFFER_COUNT: usize = 3;
+/// Prepared segments that are kept ready.
+const PREPARED_COUNT: usize = 2;
+/// Dead files that are kept for recycling; more are removed.
+const DEAD_COUNT_MAX: usize = 2;
+/// Pieces of filling in flight at once.
+const FILL_PIECES_MAX: u32 = 4;
+/// A segment with less room than this is at its end.
+const ROLL_BYTES: u64 = 128 << 10;
+/// Time after the last batch at which an empty one carries the durable position forward.
+const CARRY_AFTER_NS: u64 = 5_000_000;
+/// Pause after failed preparation of a segment.
+const PREPARE_AGAIN_NS: u64 = 1_000_000_000;
+/// What filling may do while nothing is appended, per millisecond.
+const FILL_IDLE_BYTES_PER_MS: u64 = 64 << 10;
+/// Tries of a read before the record counts as lost.
+const READ_TRIES: u32 = 3;
+
+const TAG_COMMIT: Tag = 0;
+const TAG_WORK: Tag = 1;
+const TAG_ASIDE: Tag = 2;
+const TAG_READS: Tag = 16;
+
+/// What identifies a log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// The shard.
+    pub shard: u16,
+    /// The directory's identity, from its manifest.
+    pub log_id: u128,
+    /// Bytes of a segment.
+    pub segment_bytes: u64,
+}
+
+/// What [`Log::poll`] tells.
+#[derive(Debug)]
+pub enum LogEvent {
+    /// The batch in flight is durable: show it to the next step through [`Log::batch`].
+    Durable,
+    /// A record was read, or could not be.
+    Read {
+        ticket: u128,
+        record: Option<Vec<u8>>,
+    },
+    /// A write or flush failed. The log takes nothing more.
+    Poisoned,
+}
+
+/// Figures of a log since its start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct LogStats {
+    /// Batches with records that became durable.
+    pub batches: u64,
+    /// Their bytes, headers and padding included.
+    pub bytes: u64,
+    /// Segments that hold live data.
+    pub live_segments: u64,
+    /// Segments that are ready to be written.
+    pub prepared_segments: u64,
+    /// Segments that were recycled.
+    pub recycled: u64,
+    /// Preparations that failed, for want of space above all.
+    pub prepare_failures: u64,
+    /// Records that could not be read.
+    pub read_failures: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    buffer: usize,
+    base: Lsn,
+    bytes: usize,
+    records: u32,
+    retired: Lsn,
+    /// Not the core's: an empty batch of the log itself.
+    internal: bool,
+}
+
+#[derive(Debug)]
+struct PendingRead {
+    ticket: u128,
+    position: Lsn,
+    bytes: usize,
+    skip: usize,
+    tries: u32,
+}
+
+/// What a recovery hands over to the live log.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) epoch: u64,
+    pub(crate) live: VecDeque<Segment>,
+    pub(crate) dead: Vec<File>,
+    pub(crate) next_file: u32,
+    pub(crate) tail: u64,
+    pub(crate) prev_crc: u32,
+    pub(crate) retired: Lsn,
+}
+
+/// The log of one shard. Owned by the shard's thread.
+#[derive(Debug)]
+pub struct Log<D> {
+    device: D,
+    options: Options,
+    epoch: u64,
+    live: VecDeque<Segment>,
+    prepared: VecDeque<Segment>,
+    dead: Vec<File>,
+    next_file: u32,
+    /// Offset of the open batch in the last live segment.
+    tail: u64,
+    prev_crc: u32,
+    durable: Lsn,
+    /// The durable position that a batch on disk carries.
+    carried: Lsn,
+    retire_wanted: Lsn,
+    retired: Lsn,
+    open: usize,
+    len: usize,
+    records: u32,
+    in_flight: Option<Flight>,
+    done: Option<Flight>,
+    poisoned: Option<DeviceError>,
+    work: Option<Work>,
+    work_failed: bool,
+    work_pause_until_ns: u64,
+    out_of_space: bool,
+    fill_credit: u64,
+    fill_seen_ns: u64,
+    reads: BTreeMap<Tag, PendingRead>,
+    lost: VecDeque<u128>,
+    next_read: Tag,
+    last_commit_ns: u64,
+    stats: LogStats,
+}
+
+impl<D: Device> Log<D> {
+    pub(crate) fn new(device: D, options: Options, found: Found) -> Log<D> {
+        let last = found.live.back().expect("a recovery leaves a segment");
+        let durable = Lsn(last.number * options.segment_bytes + found.tail);
+        let mut log = Log {
+            device,
+            options,
+            epoch: found.epoch,
+            live: found.live,
+            prepared: VecDeque::new(),
+            dead: found.dead,
+            next_file: found.next_file,
+            tail: found.tail,
+            prev_crc: found.prev_crc,
+            durable,
+            carried: durable,
+            retire_wanted: found.retired,
+            retired: found.retired,
+            open: 0,
+            len: BATCH_HEADER_BYTES,
+            records: 0,
+            in_flight: None,
+            done: None,
+            poisoned: None,
+            work: None,
+            work_failed: false,
+            work_pause_until_ns: 0,
+            out_of_space: false,
+            fill_credit: 0,
+            fill_seen_ns: 0,
+            reads: BTreeMap::new(),
+            lost: VecDeque::new(),
+            next_read: TAG_READS,
+            last_commit_ns: 0,
+            stats: LogStats::default(),
+        };
+        assert!(log.device.buffers().len() >= BUFFER_COUNT);
+        log
+    }
+
+    /// What happened since the last call, one event at a time.
+    pub fn poll(&mut self, now_ns: u64) -> Option<LogEvent> {
+        if let Some(ticket) = self.lost.pop_front() {
+            self.stats.read_failures += 1;
+            return Some(LogEvent::Read {
+                ticket,
+                record: None,
+            });
+        }
+        while let Some((tag, result)) = self.device.completed() {
+            let event = match tag {
+                TAG_COMMIT => self.on_commit(result, now_ns),
+                TAG_WORK => {
+                    self.on_work(result, now_ns);
+                    None
+                }
+                TAG_ASIDE => None,
+                read => self.on_read(read, result),
+            };
+            if event.is_some() {
+                return event;
+            }
+        }
+        None
+    }
+
+    /// The batch that became durable, shown once, and the space of the one that is being filled.
+    pub fn batch(&mut self) -> (Option<Durable<'_>>, BatchSpace<'_>) {
+        self.roll_if_at_end();
+        let base = self.position();
+        let capacity = self.capacity();
+        let segment_bytes = self.options.segment_bytes;
+        let buffers = self.device.buffers();
+        let Some(done) = self.done else {
+            let space = BatchSpace {
+                bytes: &mut buffers[self.open][..capacity],
+                len: self.len,
+                base,
+                records: self.records,
+            };
+            return (None, space);
+        };
+        let [durable, open] = buffers
+            .get_disjoint_mut([done.buffer, self.open])
+            .expect("a durable batch and the open one have a buffer each");
+        let durable = Durable {
+            bytes: &durable[..done.bytes],
+            offset: done.base.0 % segment_bytes,
+        };
+        let space = BatchSpace {
+            bytes: &mut open[..capacity],
+            len: self.len,
+            base,
+            records: self.records,
+        };
+        (Some(durable), space)
+    }
+
+    /// The step is over: the durable batch has been seen, and the open one holds this much now.
+    pub fn filled(&mut self, len: usize, records: u32) {
+        assert!(len >= self.len && records >= self.records && len <= self.capacity());
+        self.done = None;
+        self.len = len;
+        self.records = records;
+    }
+
+    /// True if [`Log::seal`] may be called.
+    pub fn can_seal(&self) -> bool {
+        self.in_flight.is_none() && self.done.is_none() && self.poisoned.is_none()
+    }
+
+    /// Seals the open batch and opens the next one. A batch without records is durable at once, since everything
+    /// before it is: nothing is written for it.
+    pub fn seal(&mut self) {
+        assert!(self.can_seal());
+        if self.records == 0 {
+            self.done = Some(Flight {
+                buffer: self.open,
+                base: self.position(),
+                bytes: self.len,
+                records: 0,
+                retired: self.retired,
+                internal: false,
+            });
+            self.next_buffer();
+            return;
+        }
+        self.commit(0, false);
+    }
+
+    /// True if the next call of [`Log::batch`] shows a durable batch.
+    pub fn has_durable(&self) -> bool {
+        self.done.is_some()
+    }
+
+    /// The open batch is empty and the next record does not fit what is left of the segment: go on in the next one.
+    /// False if no segment is ready.
+    pub fn end_segment(&mut self) -> bool {
+        assert_eq!(self.records, 0);
+        self.roll()
+    }
+
+    /// Writes what the log itself wants: an empty batch after falling idle, the next segment, removals.
+    pub fn tick(&mut self, now_ns: u64) {
+        if self.poisoned.is_some() {
+            return;
+        }
+        if self.wants_carry() && now_ns >= self.last_commit_ns + CARRY_AFTER_NS {
+            self.roll_if_at_end();
+            if self.capacity() > BATCH_HEADER_BYTES {
+                self.commit(FLAG_CARRY, true);
+            }
+        }
+        self.background(now_ns);
+    }
+
+    /// When [`Log::tick`] has something to do next; `None` if nothing is foreseen.
+    pub fn next_wake_ns(&self, now_ns: u64) -> Option<u64> {
+        if self.poisoned.is_some() {
+            return None;
+        }
+        let carry = self
+            .wants_carry()
+            .then_some(self.last_commit_ns + CARRY_AFTER_NS);
+        let work = match &self.work {
+            Some(work) if work.flying() > 0 => None,
+            Some(_) => Some(now_ns + 1_000_000),
+            None if self.needs_work() => Some(self.work_pause_until_ns.max(now_ns + 1)),
+            None => None,
+        };
+        carry.into_iter().chain(work).min()
+    }
+
+    /// Everything before this position is dead: its segments go once a durable batch says so.
+    pub fn retire_before(&mut self, position: Lsn) {
+        self.retire_wanted = self.retire_wanted.max(position);
+    }
+
+    /// Reads `bytes` from `position` on, or as many as its segment has; told by [`LogEvent::Read`].
+    pub fn read(&mut self, ticket: u128, position: Lsn, bytes: usize) {
+        let tag = self.next_read;
+        self.next_read += 1;
+        let read = PendingRead {
+            ticket,
+            position,
+            bytes,
+            skip: 0,
+            tries: 1,
+        };
+        self.start_read(tag, read);
+    }
+
+    /// Writes the closing batch. Call it when nothing is in flight and nothing is open; its end is no event, so ask
+    /// [`Log::can_seal`].
+    pub fn close(&mut self) {
+        assert!(self.can_seal() && self.records == 0);
+        self.roll_if_at_end();
+        if self.capacity() > BATCH_HEADER_BYTES {
+            self.commit(FLAG_CLOSING, true);
+        }
+    }
+
+    /// The first failure, if the log is poisoned.
+    pub fn poisoned(&self) -> Option<&DeviceError> {
+        self.poisoned.as_ref()
+    }
+
+    /// True after a segment could not be prepared for want of space, until one is.
+    pub fn out_of_space(&self) -> bool {
+        self.out_of_space
+    }
+
+    /// True if nothing is in flight, in the background neither.
+    pub fn is_quiet(&self) -> bool {
+        self.in_flight.is_none()
+            && self.done.is_none()
+            && self.reads.is_empty()
+            && self.work.as_ref().is_none_or(|work| work.flying() == 0)
+    }
+
+    /// Everything before this position is durable.
+    pub fn durable(&self) -> Lsn {
+        self.durable
+    }
+
+    /// Records in the open batch.
+    pub fn open_records(&self) -> u32 {
+        self.records
+    }
+
+    /// Bytes in the batch that is in flight; `None` if none is.
+    pub fn in_flight_bytes(&self) -> Option<usize> {
+        self.in_flight.map(|flight| flight.bytes)
+    }
+
+    /// Figures.
+    pub fn stats(&self) -> LogStats {
+        LogStats {
+            live_segments: self.live.len() as u64,
+            prepared_segments: self.prepared.len() as u64,
+            ..self.stats
+        }
+    }
+
+    /// The device, to wait on it.
+    pub fn device(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// Gives the device back, as after a crash.
+    pub fn into_device(self) -> D {
+        self.device
+    }
+
+    fn position(&self) -> Lsn {
+        let last = self.live.back().expect("there is always a segment");
+        Lsn(last.number * self.options.segment_bytes + self.tail)
+    }
+
+    /// Bytes that the open batch may have. At the end of the last segment with none prepared there is only room for
+    /// the header, which no record fits.
+    fn capacity(&self) -> usize {
+        let left = self.options.segment_bytes - self.tail;
+        if left < ROLL_BYTES && self.records == 0 {
+            return BATCH_HEADER_BYTES;
+        }
+        left.min(BATCH_BYTES_MAX as u64) as usize
+    }
+
+    fn roll_if_at_end(&mut self) {
+        if self.records == 0 && self.options.segment_bytes - self.tail < ROLL_BYTES {
+            self.roll();
+        }
+    }
+
+    fn roll(&mut self) -> bool {
+        // A batch in flight belongs to the segment that ends; the next one may be filled meanwhile.
+        let Some(next) = self.prepared.pop_front() else {
+            return false;
+        };
+        self.live.push_back(next);
+        self.tail = SEGMENT_DATA_OFFSET;
+        true
+    }
+
+    fn next_buffer(&mut self) {
+        let taken = [self.in_flight, self.done].map(|flight| flight.map(|flight| flight.buffer));
+        self.open = (0..BUFFER_COUNT)
+            .find(|&buffer| !taken.contains(&Some(buffer)))
+            .expect("two of three buffers are taken at most");
+        self.len = BATCH_HEADER_BYTES;
+        self.records = 0;
+    }
+
+    fn commit(&mut self, flags: u16, internal: bool) {
+        let base = self.position();
+        let segment = *self.live.back().expect("there is always a segment");
+        let bytes = if internal {
+            BATCH_HEADER_BYTES
+        } else {
+            self.len
+        };
+        let header = BatchHeader {
+            crc: 0,
+            flags,
+            payload_bytes: (bytes - BATCH_HEADER_BYTES) as u32,
+            records: if internal { 0 } else { self.records },
+            shard: self.options.shard,
+            segment: segment.number,
+            lsn: base,
+            epoch: self.epoch,
+            durable: self.durable,
+            retired: self.retire_wanted,
+            prev_crc: self.prev_crc,
+        };
+        let padded = bytes.next_multiple_of(BLOCK_BYTES);
+        let buffer = &mut self.device.buffers()[self.open];
+        buffer[bytes..padded].fill(0);
+        self.prev_crc = header.seal(&mut buffer[..bytes], segment.key);
+        self.carried = self.durable;
+        self.in_flight = Some(Flight {
+            buffer: self.open,
+            base,
+            bytes,
+            records: header.records,
+            retired: self.retire_wanted,
+            internal,
+        });
+        self.device.start(
+            TAG_COMMIT,
+            DeviceOp::Commit {
+                file: segment.file.id,
+                offset: self.tail,
+                buffer: self.open,
+                bytes: padded,
+            },
+        );
+        self.tail += padded as u64;
+        self.fill_credit =
+            (self.fill_credit + 2 * padded as u64).min(2 * self.options.segment_bytes);
+        self.next_buffer();
+    }
+
+    fn on_commit(&mut self, result: Result<Output, DeviceError>, now_ns: u64) -> Option<LogEvent> {
+        let flight = self.in_flight.take().expect("a commit was in flight");
+        self.last_commit_ns = now_ns;
+        if let Err(error) = result {
+            self.poisoned.get_or_insert(error);
+            return Some(LogEvent::Poisoned);
+        }
+        let padded = flight.bytes.next_multiple_of(BLOCK_BYTES) as u64;
+        self.durable = Lsn(flight.base.0 + padded);
+        self.bury(flight.retired);
+        if flight.internal {
+            // An empty batch need not be carried by another one.
+            self.carried = self.durable;
+            return None;
+        }
+        self.stats.batches += 1;
+        self.stats.bytes += padded;
+        assert!(
+            self.done.is_none(),
+            "a durable batch is seen before the next"
+        );
+        assert!(flight.records > 0);
+        self.done = Some(flight);
+        Some(LogEvent::Durable)
+    }
+
+    /// A durable batch says that everything before `retired` is dead.
+    fn bury(&mut self, retired: Lsn) {
+        self.retired = retired;
+        let first = retired.0 / self.options.segment_bytes;
+        while self.live.len() > 1 && self.live[0].number < first {
+            let segment = self.live.pop_front().expect("there are two");
+            self.dead.push(segment.file);
+        }
+    }
+
+    fn wants_carry(&self) -> bool {
+        self.can_seal() && self.records == 0 && self.carried < self.durable
+    }
+
+    fn needs_work(&self) -> bool {
+        self.prepared.len() < PREPARED_COUNT || self.dead.len() > DEAD_COUNT_MAX
+    }
+
+    fn background(&mut self, now_ns: u64) {
+        let idle_ms = (now_ns - self.fill_seen_ns.min(now_ns)) / 1_000_000;
+        if idle_ms > 0 {
+            self.fill_seen_ns = now_ns;
+            self.fill_credit = (self.fill_credit + idle_ms.min(4) * FILL_IDLE_BYTES_PER_MS)
+                .min(2 * self.options.segment_bytes);
+        }
+        let starved = self.prepared.is_empty();
+        if self.in_flight.is_some() && !starved {
+            return;
+        }
+        if self.work.is_none() && self.needs_work() && now_ns >= self.work_pause_until_ns {
+            self.work = Some(self.next_work());
+            self.work_failed = false;
+        }
+        while let Some(work) = &mut self.work {
+            if self.work_failed {
+                break;
+            }
+            if work.is_filling() {
+                let paced = self.fill_credit < FILL_PIECE_BYTES as u64 && !starved;
+                if paced || work.flying() >= FILL_PIECES_MAX {
+                    break;
+                }
+            }
+            let filling = work.is_filling();
+            let Some(op) = work.next_op() else {
+                break;
+            };
+            if filling {
+                self.fill_credit = self.fill_credit.saturating_sub(FILL_PIECE_BYTES as u64);
+            }
+            self.device.start(TAG_WORK, op);
+        }
+    }
+
+    fn next_work(&mut self) -> Work {
+        let last = self.prepared.back().or(self.live.back());
+        let header = SegmentHeader {
+            shard: self.options.shard,
+            log_id: self.options.log_id,
+            segment: last.expect("there is always a segment").number + 1,
+            segment_bytes: self.options.segment_bytes,
+            epoch: self.epoch,
+            key: self.device.random(),
+        };
+        if self.prepared.len() >= PREPARED_COUNT {
+            let file = self.dead.pop().expect("too many are dead");
+            return Work::remove(file, header);
+        }
+        if let Some(file) = self.dead.pop() {
+            self.stats.recycled += 1;
+            return Work::recycle(file, header);
+        }
+        self.next_file += 1;
+        Work::create(self.next_file, header)
+    }
+
+    fn on_work(&mut self, result: Result<Output, DeviceError>, now_ns: u64) {
+        let work = self.work.as_mut().expect("work was in flight");
+        let failed = match result {
+            Ok(output) if !self.work_failed => match work.on_done(output) {
+                Progress::Working => false,
+                Progress::Ready(segment) => {
+                    self.prepared.push_back(segment);
+                    self.out_of_space = false;
+                    self.work = None;
+                    false
+                }
+                Progress::Removed => {
+                    self.work = None;
+                    false
+                }
+                Progress::Mismatch => true,
+            },
+            Ok(_) => {
+                work.on_failed();
+                true
+            }
+            Err(error) => {
+                work.on_failed();
+                self.out_of_space |= error.kind == DeviceErrorKind::NoSpace;
+                true
+            }
+        };
+        if !failed {
+            return;
+        }
+        self.work_failed = true;
+        let work = self.work.as_ref().expect("it has just failed");
+        if work.flying() == 0 {
+            for op in work.abandoned() {
+                self.device.start(TAG_ASIDE, op);
+            }
+            self.work = None;
+            self.stats.prepare_failures += 1;
+            self.work_pause_until_ns = now_ns + PREPARE_AGAIN_NS;
+        }
+    }
+
+    fn start_read(&mut self, tag: Tag, mut read: PendingRead) {
+        let number = read.position.0 / self.options.segment_bytes;
+        let offset = read.position.0 % self.options.segment_bytes;
+        let first = self.live[0].number;
+        let segment = number
+            .checked_sub(first)
+            .and_then(|index| self.live.get(index as usize));
+        let Some(segment) = segment else {
+            self.lost.push_back(read.ticket);
+            return;
+        };
+        let aligned = offset - offset % BLOCK_BYTES as u64;
+        read.skip = (offset - aligned) as usize;
+        let end = (offset + read.bytes as u64).min(self.options.segment_bytes);
+        let bytes = ((end - aligned) as usize).next_multiple_of(BLOCK_BYTES);
+        self.device.start(
+            tag,
+            DeviceOp::Read {
+                file: segment.file.id,
+                offset: aligned,
+                bytes,
+            },
+        );
+        self.reads.insert(tag, read);
+    }
+
+    fn on_read(&mut self, tag: Tag, result: Result<Output, DeviceError>) -> Option<LogEvent> {
+        let mut read = self.reads.remove(&tag).expect("the read was started");
+        match result {
+            Ok(Output::Bytes(bytes)) if bytes.len() > read.skip => {
+                let end = (read.skip + read.bytes).min(bytes.len());
+                Some(LogEvent::Read {
+                    ticket: read.ticket,
+                    record: Some(bytes[read.skip..end].to_vec()),
+                })
+            }
+            Ok(_) | Err(_) if read.tries < READ_TRIES => {
+                read.tries += 1;
+                self.start_read(tag, read);
+                None
+            }
+            Ok(_) | Err(_) => {
+                self.stats.read_failures += 1;
+                Some(LogEvent::Read {
+                    ticket: read.ticket,
+                    record: None,
+                })
+            }
+        }
+    }
+}

@@ -1,0 +1,736 @@
+//! Finding the log again after a stop or a crash, and telling a torn tail from a damaged log.
+//!
+//! At the first place where no good batch stands, all that follows is searched, in this segment and every later one: a
+//! sound batch that was written when that place was durable already is a witness that something accepted is damaged.
+//! Without a witness the place is the end, and what half-written batch may stand there is erased. Nothing on the disk
+//! is changed before the whole log has been judged.
+//!
+//! Worked case: A is durable, B in flight, power fails. B is torn, nothing follows: the end is behind A. Had B been
+//! accepted, the next batch or the empty one after falling idle would say `durable >= end of B`: if B is unreadable
+//! then, that batch is the witness.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+
+use pelton_core::{
+    id::Lsn,
+    limits::BATCH_BYTES_MAX,
+    record::{RECORD_ALIGN, RECORD_HEADER_BYTES},
+};
+
+use crate::{
+    device::{Block, Device, DeviceError, DeviceOp, Output},
+    format::{
+        BATCH_HEADER_BYTES, BLOCK_BYTES, BadHeader, BatchHeader, FLAG_OPENING, FORMAT_VERSION,
+        SEGMENT_DATA_OFFSET, SegmentHeader,
+    },
+    log::{Found, Log, Options},
+    segment::{File, Progress, Segment, Work, is_filling_name, parse_segment_name, segment_name},
+};
+
+/// How the log was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// There was none.
+    Empty,
+    /// It ended with a whole batch.
+    Clean,
+    /// What was being written when the machine stopped was erased; nobody had been told of it.
+    TornTail {
+        /// Where.
+        at: Lsn,
+    },
+}
+
+/// What a recovery found and did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// How the log ended.
+    pub outcome: Outcome,
+    /// Segments with live data.
+    pub segments: u64,
+    /// Batches read.
+    pub batches: u64,
+    /// Records handed on.
+    pub records: u64,
+    /// Bytes of those batches.
+    pub bytes: u64,
+    /// The epoch from now on.
+    pub epoch: u64,
+}
+
+/// Why a log is not served. The disk was not changed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum RecoverError {
+    /// Something that was accepted cannot be read.
+    Corrupt {
+        file: String,
+        segment: u64,
+        offset: u64,
+        what: &'static str,
+    },
+    /// The log was written by another version.
+    Version { file: String, version: u16 },
+    /// The log belongs to another directory or shard.
+    Foreign { file: String },
+    /// A sound batch holds a record that this version cannot read.
+    Unreadable {
+        file: String,
+        segment: u64,
+        offset: u64,
+        schema: u16,
+    },
+    /// The disk failed.
+    Device(DeviceError),
+}
+
+impl fmt::Display for RecoverError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RecoverError::Corrupt {
+                file,
+                segment,
+                offset,
+                what,
+            } => write!(
+                f,
+                "the log is damaged at {file}, segment {segment}, byte offset {offset}: {what}; nothing was changed; \
+                 restore the directory from a backup, or look at it with `pelton log verify`"
+            ),
+            RecoverError::Version { file, version } => write!(
+                f,
+                "{file} has log format {version}, this version reads {FORMAT_VERSION}; nothing was changed; start the \
+                 version that wrote it"
+            ),
+            RecoverError::Foreign { file } => write!(
+                f,
+                "{file} belongs to another data directory or shard; nothing was changed; put it back where it was"
+            ),
+            RecoverError::Unreadable {
+                file,
+                segment,
+                offset,
+                schema,
+            } => write!(
+                f,
+                "{file}, segment {segment}, byte offset {offset}: a record of schema {schema} that this version cannot \
+                 read; nothing was changed; start the version that wrote it"
+            ),
+            RecoverError::Device(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+impl std::error::Error for RecoverError {}
+
+impl From<DeviceError> for RecoverError {
+    fn from(error: DeviceError) -> RecoverError {
+        RecoverError::Device(error)
+    }
+}
+
+/// Takes a record in the log's order: position of its header, schema, body. An `Err` says that it is unreadable.
+pub type Replay<'a> = dyn FnMut(Lsn, u16, &[u8]) -> Result<(), ()> + 'a;
+
+/// Sees a sound batch of the live log, in order.
+pub type Visit<'a> = dyn FnMut(&BatchHeader, &[u8]) -> Result<(), RecoverError> + 'a;
+
+/// Reads the log, hands on its records, and makes it ready for the next batch: the torn tail erased, the epoch raised,
+/// everything flushed.
+pub fn recover<D: Device>(
+    mut device: D,
+    options: Options,
+    replay: &mut Replay<'_>,
+) -> Result<(Log<D>, Report), RecoverError> {
+    let survey = Survey::take(&mut device, options)?;
+    let judged = judge(
+        &survey,
+        &mut Reader::new(&mut device),
+        &mut |header, batch| hand_on(&survey, header, batch, replay),
+    )?;
+    settle(device, options, survey, judged)
+}
+
+/// Reads and judges the log without changing anything. `visit` sees every batch of the live log.
+pub fn inspect<D: Device>(
+    device: &mut D,
+    options: Options,
+    visit: &mut Visit<'_>,
+) -> Result<Report, RecoverError> {
+    let survey = Survey::take(device, options)?;
+    Ok(judge(&survey, &mut Reader::new(device), visit)?.report)
+}
+
+/// Calls `each` for every record of a batch, header excluded from the body; `None` where the lengths do not add up.
+pub fn records<'a>(
+    batch: &'a [u8],
+    count: u32,
+    mut each: impl FnMut(usize, u16, &'a [u8]) -> Option<()>,
+) -> Option<()> {
+    let mut at = BATCH_HEADER_BYTES;
+    for _ in 0..count {
+        let header = batch.get(at..at + RECORD_HEADER_BYTES)?;
+        let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        let schema = u16::from_le_bytes([header[4], header[5]]);
+        let body = batch.get(at + RECORD_HEADER_BYTES..)?.get(..length)?;
+        each(at, schema, body)?;
+        at = (at + RECORD_HEADER_BYTES + length).next_multiple_of(RECORD_ALIGN);
+    }
+    (at == batch.len()).then_some(())
+}
+
+/// What the directory holds, by the headers alone.
+struct Survey {
+    segments: BTreeMap<u64, Segment>,
+    dead: Vec<File>,
+    leftovers: Vec<String>,
+    next_file: u32,
+    segment_bytes: u64,
+}
+
+impl Survey {
+    fn take<D: Device>(device: &mut D, options: Options) -> Result<Survey, RecoverError> {
+        let Output::Names(mut names) = device.perform(DeviceOp::List)? else {
+            panic!("a listing brings names");
+        };
+        names.sort();
+        let mut survey = Survey {
+            segments: BTreeMap::new(),
+            dead: Vec::new(),
+            leftovers: Vec::new(),
+            next_file: 0,
+            segment_bytes: options.segment_bytes,
+        };
+        let mut epochs: BTreeMap<u64, u64> = BTreeMap::new();
+        for name in names {
+            if is_filling_name(&name) {
+                survey.leftovers.push(name);
+                continue;
+            }
+            let Some(number) = parse_segment_name(&name) else {
+                continue;
+            };
+            survey.next_file = survey.next_file.max(number);
+            let Output::File(id, _) = device.perform(DeviceOp::Open { name: name.clone() })? else {
+                panic!("opening brings a file");
+            };
+            let file = File { id, number };
+            let Some(header) = read_header(device, id, &name)? else {
+                survey.dead.push(file);
+                continue;
+            };
+            if header.log_id != options.log_id
+                || header.shard != options.shard
+                || header.segment_bytes != options.segment_bytes
+            {
+                return Err(RecoverError::Foreign { file: name });
+            }
+            let segment = Segment {
+                number: header.segment,
+                key: header.key,
+                file,
+            };
+            // A crash while a segment was being prepared again leaves its number twice: the younger epoch counts.
+            let known = epochs.get(&header.segment).copied();
+            if known.is_some_and(|epoch| epoch > header.epoch) {
+                survey.dead.push(file);
+                continue;
+            }
+            epochs.insert(header.segment, header.epoch);
+            if let Some(older) = survey.segments.insert(header.segment, segment) {
+                survey.dead.push(older.file);
+            }
+        }
+        Ok(survey)
+    }
+
+    fn corrupt(&self, at: Lsn, what: &'static str) -> RecoverError {
+        let segment = at.0 / self.segment_bytes;
+        let file = self.segments.get(&segment).map_or_else(
+            || "(no file)".to_owned(),
+            |segment| segment_name(segment.file.number),
+        );
+        RecoverError::Corrupt {
+            file,
+            segment,
+            offset: at.0 % self.segment_bytes,
+            what,
+        }
+    }
+
+    fn start_of(&self, segment: u64) -> Lsn {
+        Lsn(segment * self.segment_bytes + SEGMENT_DATA_OFFSET)
+    }
+}
+
+/// The header of a segment file, from whichever copy is whole; `None` for a file that never became a segment.
+fn read_header<D: Device>(
+    device: &mut D,
+    file: crate::device::FileId,
+    name: &str,
+) -> Result<Option<SegmentHeader>, RecoverError> {
+    let Output::Bytes(blocks) = device.perform(DeviceOp::Read {
+        file,
+        offset: 0,
+        bytes: 2 * BLOCK_BYTES,
+    })?
+    else {
+        panic!("a read brings bytes");
+    };
+    let copies = [0, BLOCK_BYTES].map(|at| match blocks.get(at..at + BLOCK_BYTES) {
+        Some(block) => SegmentHeader::decode(block),
+        None => Err(BadHeader::Damaged),
+    });
+    match copies {
+        [Ok(header), _] | [Err(BadHeader::Damaged | BadHeader::Zero), Ok(header)] => {
+            Ok(Some(header))
+        }
+        [Err(BadHeader::Version(version)), _] | [_, Err(BadHeader::Version(version))] => {
+            Err(RecoverError::Version {
+                file: name.to_owned(),
+                version,
+            })
+        }
+        // The second copy is written only after the first was flushed: this one was being prepared for the first time.
+        [
+            Err(BadHeader::Zero | BadHeader::Damaged),
+            Err(BadHeader::Zero),
+        ] => Ok(None),
+        [
+            Err(BadHeader::Damaged | BadHeader::Zero),
+            Err(BadHeader::Damaged),
+        ] => Err(RecoverError::Corrupt {
+            file: name.to_owned(),
+            segment: 0,
+            offset: 0,
+            what: "both copies of the segment's header are damaged",
+        }),
+    }
+}
+
+/// Reads segments in large pieces and remembers the last one.
+struct Reader<'d, D> {
+    device: &'d mut D,
+    file: Option<crate::device::FileId>,
+    start: u64,
+    bytes: Block,
+}
+
+/// Bytes of one read; a batch always fits.
+const READ_BYTES: usize = 2 * BATCH_BYTES_MAX;
+
+impl<'d, D: Device> Reader<'d, D> {
+    fn new(device: &'d mut D) -> Reader<'d, D> {
+        Reader {
+            device,
+            file: None,
+            start: 0,
+            bytes: Block::new(0),
+        }
+    }
+
+    /// The bytes of a segment from `offset` on, at least `want` where the segment has them.
+    fn at(
+        &mut self,
+        segment: &Segment,
+        offset: u64,
+        want: usize,
+        segment_bytes: u64,
+    ) -> Result<&[u8], RecoverError> {
+        let want = want.min((segment_bytes - offset) as usize);
+        let held = self.file == Some(segment.file.id)
+            && offset >= self.start
+            && offset + want as u64 <= self.start + self.bytes.len() as u64;
+        if !held {
+            let bytes = READ_BYTES.min((segment_bytes - offset) as usize);
+            let Output::Bytes(block) = self.device.perform(DeviceOp::Read {
+                file: segment.file.id,
+                offset,
+                bytes,
+            })?
+            else {
+                panic!("a read brings bytes");
+            };
+            self.file = Some(segment.file.id);
+            self.start = offset;
+            self.bytes = block;
+        }
+        let from = (offset - self.start) as usize;
+        Ok(&self.bytes[from.min(self.bytes.len())..])
+    }
+
+    /// The sound batch at this place, with its bytes; `None` if there is none.
+    fn batch(
+        &mut self,
+        survey: &Survey,
+        segment: &Segment,
+        offset: u64,
+    ) -> Result<Option<(BatchHeader, &[u8])>, RecoverError> {
+        if offset + BLOCK_BYTES as u64 > survey.segment_bytes {
+            return Ok(None);
+        }
+        let place = Lsn(segment.number * survey.segment_bytes + offset);
+        let head = self.at(segment, offset, BLOCK_BYTES, survey.segment_bytes)?;
+        let Some(header) = BatchHeader::peek(head) else {
+            return Ok(None);
+        };
+        let fits = header.bytes() <= BATCH_BYTES_MAX
+            && offset + header.bytes() as u64 <= survey.segment_bytes;
+        if header.segment != segment.number || header.lsn != place || !fits {
+            return Ok(None);
+        }
+        let bytes = self.at(segment, offset, header.bytes(), survey.segment_bytes)?;
+        let Some(bytes) = bytes.get(..header.bytes()) else {
+            return Ok(None);
+        };
+        Ok(header.holds(bytes, segment.key).then_some((header, bytes)))
+    }
+}
+
+/// The log as it was judged.
+struct Judged {
+    report: Report,
+    /// The first live segment and the one in which the log goes on.
+    first: u64,
+    last: u64,
+    tail: u64,
+    prev_crc: u32,
+    retired: Lsn,
+    /// What is to be erased: from the tail to here, in the last segment.
+    erase_to: u64,
+}
+
+fn judge<D: Device>(
+    survey: &Survey,
+    reader: &mut Reader<'_, D>,
+    visit: &mut Visit<'_>,
+) -> Result<Judged, RecoverError> {
+    let mut judged = Judged {
+        report: Report {
+            outcome: Outcome::Empty,
+            segments: 0,
+            batches: 0,
+            records: 0,
+            bytes: 0,
+            epoch: 0,
+        },
+        first: 0,
+        last: 0,
+        tail: 0,
+        prev_crc: 0,
+        retired: Lsn(0),
+        erase_to: 0,
+    };
+    // The last segment that was begun tells, in its last good batch, where the live log starts.
+    let mut begun = None;
+    for (&number, segment) in survey.segments.iter().rev() {
+        if reader
+            .batch(survey, segment, SEGMENT_DATA_OFFSET)?
+            .is_some()
+        {
+            begun = Some(number);
+            break;
+        }
+    }
+    let Some(begun) = begun else {
+        // No segment holds a first batch. One that holds any other lost its first.
+        let witness = find_witness(survey, reader, Lsn(0))?;
+        return match survey.segments.first_key_value() {
+            Some((&number, _)) if witness => Err(survey.corrupt(
+                survey.start_of(number),
+                "the first batch is unreadable, and later ones say that it was durable",
+            )),
+            _ => Ok(judged),
+        };
+    };
+    let mut place = SEGMENT_DATA_OFFSET;
+    while let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)? {
+        judged.retired = judged.retired.max(header.retired);
+        place = header.end().0 % survey.segment_bytes;
+        if place == 0 {
+            break;
+        }
+    }
+    judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
+    let missing = (judged.first..=begun).find(|number| !survey.segments.contains_key(number));
+    if let Some(missing) = missing {
+        return Err(survey.corrupt(
+            survey.start_of(missing),
+            "a segment that holds live data is missing",
+        ));
+    }
+
+    // The chain of batches from there.
+    let mut number = judged.first;
+    let mut offset = SEGMENT_DATA_OFFSET;
+    let mut chained = false;
+    loop {
+        let segment = &survey.segments[&number];
+        let epoch = judged.report.epoch;
+        let prev_crc = judged.prev_crc;
+        let follows = |header: &BatchHeader| {
+            header.epoch >= epoch && (!chained || header.prev_crc == prev_crc)
+        };
+        let found = reader
+            .batch(survey, segment, offset)?
+            .filter(|(header, _)| follows(header));
+        if let Some((header, bytes)) = found {
+            visit(&header, bytes)?;
+            judged.report.batches += 1;
+            judged.report.records += u64::from(header.records);
+            judged.report.bytes += header.bytes() as u64;
+            judged.report.epoch = header.epoch;
+            judged.prev_crc = header.crc;
+            judged.retired = judged.retired.max(header.retired);
+            chained = true;
+            offset += header.end().0 - header.lsn.0;
+            continue;
+        }
+        // The segment may have ended here: then the next one begins with the batch that follows.
+        let epoch = judged.report.epoch;
+        let next = match survey.segments.get(&(number + 1)) {
+            Some(next) if chained => reader.batch(survey, next, SEGMENT_DATA_OFFSET)?,
+            Some(_) | None => None,
+        };
+        if next
+            .is_some_and(|(header, _)| header.prev_crc == judged.prev_crc && header.epoch >= epoch)
+        {
+            number += 1;
+            offset = SEGMENT_DATA_OFFSET;
+            continue;
+        }
+        break;
+    }
+    let end = Lsn(number * survey.segment_bytes + offset);
+    if find_witness(survey, reader, end)? {
+        return Err(survey.corrupt(
+            end,
+            "the batch here is unreadable, and a later one says that it was durable",
+        ));
+    }
+    judged.last = number;
+    judged.tail = offset;
+    judged.report.segments = number - judged.first + 1;
+    judged.erase_to = torn_until(survey, reader, number, offset)?;
+    judged.report.outcome = if judged.erase_to > offset {
+        Outcome::TornTail { at: end }
+    } else {
+        Outcome::Clean
+    };
+    Ok(judged)
+}
+
+fn hand_on(
+    survey: &Survey,
+    header: &BatchHeader,
+    batch: &[u8],
+    replay: &mut Replay<'_>,
+) -> Result<(), RecoverError> {
+    let mut unreadable = None;
+    let walked = records(batch, header.records, |at, schema, body| {
+        let position = Lsn(header.lsn.0 + at as u64);
+        replay(position, schema, body)
+            .map_err(|()| unreadable = Some((position, schema)))
+            .ok()
+    });
+    let place = |at: Lsn| {
+        (
+            segment_name(survey.segments[&header.segment].file.number),
+            at.0 % survey.segment_bytes,
+        )
+    };
+    match (walked, unreadable) {
+        (Some(()), _) => Ok(()),
+        (None, Some((position, schema))) => {
+            let (file, offset) = place(position);
+            Err(RecoverError::Unreadable {
+                file,
+                segment: header.segment,
+                offset,
+                schema,
+            })
+        }
+        (None, None) => Err(survey.corrupt(
+            header.lsn,
+            "the lengths of the records do not add up to the batch",
+        )),
+    }
+}
+
+/// True if a sound batch behind `end` was written when more than that was durable.
+fn find_witness<D: Device>(
+    survey: &Survey,
+    reader: &mut Reader<'_, D>,
+    end: Lsn,
+) -> Result<bool, RecoverError> {
+    let from_segment = end.0 / survey.segment_bytes;
+    for segment in survey
+        .segments
+        .range(from_segment..)
+        .map(|(_, segment)| segment)
+    {
+        let mut offset = if segment.number == from_segment {
+            (end.0 % survey.segment_bytes).max(SEGMENT_DATA_OFFSET)
+        } else {
+            SEGMENT_DATA_OFFSET
+        };
+        while offset < survey.segment_bytes {
+            if let Some((header, _)) = reader.batch(survey, segment, offset)?
+                && header.durable > end
+            {
+                return Ok(true);
+            }
+            offset += BLOCK_BYTES as u64;
+        }
+    }
+    Ok(false)
+}
+
+/// Where the traces of a half-written batch at the tail end; the tail itself if there are none. A batch that was being
+/// written is at most one buffer long, and whatever else stands there is of an earlier life and passes for nothing.
+fn torn_until<D: Device>(
+    survey: &Survey,
+    reader: &mut Reader<'_, D>,
+    number: u64,
+    tail: u64,
+) -> Result<u64, RecoverError> {
+    let segment = &survey.segments[&number];
+    let end = (tail + BATCH_BYTES_MAX as u64).min(survey.segment_bytes);
+    let mut torn = tail;
+    let mut offset = tail;
+    while offset < end {
+        let head = reader.at(segment, offset, BLOCK_BYTES, survey.segment_bytes)?;
+        let begun = BatchHeader::peek(head).is_some_and(|header| header.segment == number);
+        if begun {
+            torn = end;
+        }
+        offset += BLOCK_BYTES as u64;
+    }
+    Ok(torn)
+}
+
+/// Everything is judged: erase, raise the epoch, flush, and hand the log over.
+fn settle<D: Device>(
+    mut device: D,
+    options: Options,
+    survey: Survey,
+    judged: Judged,
+) -> Result<(Log<D>, Report), RecoverError> {
+    for name in survey.leftovers.iter().cloned() {
+        device.perform(DeviceOp::Remove { name })?;
+    }
+    let mut found = Found {
+        epoch: judged.report.epoch + 1,
+        live: VecDeque::new(),
+        dead: survey.dead,
+        next_file: survey.next_file,
+        tail: judged.tail,
+        prev_crc: judged.prev_crc,
+        retired: judged.retired,
+    };
+    let mut report = judged.report;
+    report.epoch = found.epoch;
+    for (number, segment) in survey.segments {
+        if report.outcome != Outcome::Empty && (judged.first..=judged.last).contains(&number) {
+            // Whatever was read is now relied upon: it may have been written without being flushed.
+            device.perform(DeviceOp::Flush {
+                file: segment.file.id,
+            })?;
+            found.live.push_back(segment);
+        } else {
+            found.dead.push(segment.file);
+        }
+    }
+    let mut offset = judged.tail;
+    while offset < judged.erase_to {
+        let bytes = (judged.erase_to - offset).min(1 << 20) as usize;
+        let file = found.live.back().expect("a tail has a segment").file.id;
+        device.perform(DeviceOp::Zero {
+            file,
+            offset,
+            bytes,
+        })?;
+        offset += bytes as u64;
+    }
+    let room = options.segment_bytes.saturating_sub(found.tail);
+    if found.live.is_empty() || room < BLOCK_BYTES as u64 {
+        let segment = prepare(&mut device, options, &mut found)?;
+        found.live.push_back(segment);
+        found.tail = SEGMENT_DATA_OFFSET;
+    }
+    open_epoch(&mut device, options, &mut found)?;
+    Ok((Log::new(device, options, found), report))
+}
+
+fn prepare<D: Device>(
+    device: &mut D,
+    options: Options,
+    found: &mut Found,
+) -> Result<Segment, RecoverError> {
+    let header = SegmentHeader {
+        shard: options.shard,
+        log_id: options.log_id,
+        segment: found.live.back().map_or(1, |last| last.number + 1),
+        segment_bytes: options.segment_bytes,
+        epoch: found.epoch,
+        key: device.random(),
+    };
+    let mut work = match found.dead.pop() {
+        Some(file) => Work::recycle(file, header),
+        None => {
+            found.next_file += 1;
+            Work::create(found.next_file, header)
+        }
+    };
+    loop {
+        let op = work.next_op().expect("one operation at a time");
+        let output = device.perform(op)?;
+        match work.on_done(output) {
+            Progress::Working => {}
+            Progress::Ready(segment) => return Ok(segment),
+            Progress::Removed => unreachable!("nothing is removed here"),
+            Progress::Mismatch => {
+                return Err(RecoverError::Corrupt {
+                    file: segment_name(found.next_file),
+                    segment: header.segment,
+                    offset: 0,
+                    what: "a header that was just written reads back differently: the disk is not to be trusted",
+                });
+            }
+        }
+    }
+}
+
+/// Writes and flushes an empty batch of the new epoch: from here on the old one is fenced off.
+fn open_epoch<D: Device>(
+    device: &mut D,
+    options: Options,
+    found: &mut Found,
+) -> Result<(), RecoverError> {
+    let segment = *found.live.back().expect("there is a segment by now");
+    let lsn = Lsn(segment.number * options.segment_bytes + found.tail);
+    let header = BatchHeader {
+        crc: 0,
+        flags: FLAG_OPENING,
+        payload_bytes: 0,
+        records: 0,
+        shard: options.shard,
+        segment: segment.number,
+        lsn,
+        epoch: found.epoch,
+        durable: lsn,
+        retired: found.retired,
+        prev_crc: found.prev_crc,
+    };
+    let buffer = &mut device.buffers()[0];
+    buffer[..BLOCK_BYTES].fill(0);
+    found.prev_crc = header.seal(&mut buffer[..BATCH_HEADER_BYTES], segment.key);
+    device.perform(DeviceOp::Commit {
+        file: segment.file.id,
+        offset: found.tail,
+        buffer: 0,
+        bytes: BLOCK_BYTES,
+    })?;
+    found.tail += BLOCK_BYTES as u64;
+    Ok(())
+}
