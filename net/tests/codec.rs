@@ -1,5 +1,7 @@
 //! Every frame's golden bytes, every frame cut short and bit-flipped, and what a decode costs.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fmt::Write as _;
 
 use bytes::{Bytes, BytesMut};

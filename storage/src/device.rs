@@ -18,8 +18,8 @@ pub struct FileId(pub u32);
 pub enum DeviceOp {
     /// The names in the directory.
     List,
-    /// Makes an empty file; fails if the name exists.
-    Create { name: String },
+    /// Makes a file of so many bytes, its space reserved; fails if the name exists.
+    Create { name: String, bytes: u64 },
     /// Opens a file for reading and writing.
     Open { name: String },
     /// Reads; the answer is shorter where the file ends.

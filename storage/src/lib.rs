@@ -15,3 +15,6 @@ pub mod log;
 pub mod recover;
 
 pub mod memory;
+
+#[cfg(feature = "device")]
+pub mod ring;

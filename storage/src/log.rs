@@ -42,6 +42,10 @@ const FILL_IDLE_BYTES_PER_MS: u64 = 64 << 10;
 /// Tries of a read before the record counts as lost.
 const READ_TRIES: u32 = 3;
 
+/// Records this close to each other are read in one piece, of at most this many bytes.
+const READ_GAP_BYTES: u64 = 16 << 10;
+const READ_PIECE_BYTES: u64 = 256 << 10;
+
 const TAG_COMMIT: Tag = 0;
 const TAG_WORK: Tag = 1;
 const TAG_ASIDE: Tag = 2;
@@ -102,12 +106,20 @@ struct Flight {
     internal: bool,
 }
 
-#[derive(Debug)]
-struct PendingRead {
+/// A record that is to be read.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
     ticket: u128,
     position: Lsn,
     bytes: usize,
-    skip: usize,
+}
+
+/// Neighbouring records that are read as one piece.
+#[derive(Debug)]
+struct PendingRead {
+    records: Vec<Wanted>,
+    /// The position of the piece's first byte.
+    start: Lsn,
     tries: u32,
 }
 
@@ -153,8 +165,9 @@ pub struct Log<D> {
     out_of_space: bool,
     fill_credit: u64,
     fill_seen_ns: u64,
+    wanted: Vec<Wanted>,
     reads: BTreeMap<Tag, PendingRead>,
-    lost: VecDeque<u128>,
+    read: VecDeque<(u128, Option<Vec<u8>>)>,
     next_read: Tag,
     last_commit_ns: u64,
     stats: LogStats,
@@ -190,8 +203,9 @@ impl<D: Device> Log<D> {
             out_of_space: false,
             fill_credit: 0,
             fill_seen_ns: 0,
+            wanted: Vec::new(),
             reads: BTreeMap::new(),
-            lost: VecDeque::new(),
+            read: VecDeque::new(),
             next_read: TAG_READS,
             last_commit_ns: 0,
             stats: LogStats::default(),
@@ -202,28 +216,22 @@ impl<D: Device> Log<D> {
 
     /// What happened since the last call, one event at a time.
     pub fn poll(&mut self, now_ns: u64) -> Option<LogEvent> {
-        if let Some(ticket) = self.lost.pop_front() {
-            self.stats.read_failures += 1;
-            return Some(LogEvent::Read {
-                ticket,
-                record: None,
-            });
-        }
         while let Some((tag, result)) = self.device.completed() {
-            let event = match tag {
-                TAG_COMMIT => self.on_commit(result, now_ns),
-                TAG_WORK => {
-                    self.on_work(result, now_ns);
-                    None
+            match tag {
+                TAG_COMMIT => {
+                    let event = self.on_commit(result, now_ns);
+                    if event.is_some() {
+                        return event;
+                    }
                 }
-                TAG_ASIDE => None,
+                TAG_WORK => self.on_work(result, now_ns),
+                TAG_ASIDE => {}
                 read => self.on_read(read, result),
-            };
-            if event.is_some() {
-                return event;
             }
         }
-        None
+        let (ticket, record) = self.read.pop_front()?;
+        self.stats.read_failures += u64::from(record.is_none());
+        Some(LogEvent::Read { ticket, record })
     }
 
     /// The batch that became durable, shown once, and the space of the one that is being filled.
@@ -302,8 +310,10 @@ impl<D: Device> Log<D> {
         self.roll()
     }
 
-    /// Writes what the log itself wants: an empty batch after falling idle, the next segment, removals.
+    /// Starts what the log itself wants: the reads asked for, an empty batch after falling idle, the next segment,
+    /// removals.
     pub fn tick(&mut self, now_ns: u64) {
+        self.start_reads();
         if self.poisoned.is_some() {
             return;
         }
@@ -338,18 +348,14 @@ impl<D: Device> Log<D> {
         self.retire_wanted = self.retire_wanted.max(position);
     }
 
-    /// Reads `bytes` from `position` on, or as many as its segment has; told by [`LogEvent::Read`].
+    /// Reads `bytes` from `position` on, or as many as its segment has, with the next [`Log::tick`]; told by
+    /// [`LogEvent::Read`].
     pub fn read(&mut self, ticket: u128, position: Lsn, bytes: usize) {
-        let tag = self.next_read;
-        self.next_read += 1;
-        let read = PendingRead {
+        self.wanted.push(Wanted {
             ticket,
             position,
             bytes,
-            skip: 0,
-            tries: 1,
-        };
-        self.start_read(tag, read);
+        });
     }
 
     /// Writes the closing batch. Call it when nothing is in flight and nothing is open; its end is no event, so ask
@@ -377,6 +383,8 @@ impl<D: Device> Log<D> {
         self.in_flight.is_none()
             && self.done.is_none()
             && self.reads.is_empty()
+            && self.wanted.is_empty()
+            && self.read.is_empty()
             && self.work.as_ref().is_none_or(|work| work.flying() == 0)
     }
 
@@ -647,54 +655,94 @@ impl<D: Device> Log<D> {
         }
     }
 
-    fn start_read(&mut self, tag: Tag, mut read: PendingRead) {
-        let number = read.position.0 / self.options.segment_bytes;
-        let offset = read.position.0 % self.options.segment_bytes;
-        let first = self.live[0].number;
+    /// Neighbours are read in one piece: a backlog is read back in the order in which it was written.
+    fn start_reads(&mut self) {
+        if self.wanted.is_empty() {
+            return;
+        }
+        let mut wanted = std::mem::take(&mut self.wanted);
+        wanted.sort_unstable_by_key(|wanted| wanted.position);
+        let segment_bytes = self.options.segment_bytes;
+        let piece =
+            |a: &Wanted, b: &Wanted| a.position.0 / segment_bytes == b.position.0 / segment_bytes;
+        let mut rest = &wanted[..];
+        while let Some(first) = rest.first() {
+            let start = first.position.0;
+            let mut end = start + first.bytes as u64;
+            let mut count = 1;
+            for next in &rest[1..] {
+                let next_end = end.max(next.position.0 + next.bytes as u64);
+                if !piece(first, next)
+                    || next.position.0 > end + READ_GAP_BYTES
+                    || next_end > start + READ_PIECE_BYTES
+                {
+                    break;
+                }
+                end = next_end;
+                count += 1;
+            }
+            let (records, behind) = rest.split_at(count);
+            rest = behind;
+            let tag = self.next_read;
+            self.next_read += 1;
+            self.start_read(
+                tag,
+                PendingRead {
+                    records: records.to_vec(),
+                    start: Lsn(start - start % BLOCK_BYTES as u64),
+                    tries: 1,
+                },
+            );
+        }
+        wanted.clear();
+        self.wanted = wanted;
+    }
+
+    fn start_read(&mut self, tag: Tag, read: PendingRead) {
+        let segment_bytes = self.options.segment_bytes;
+        let number = read.start.0 / segment_bytes;
         let segment = number
-            .checked_sub(first)
+            .checked_sub(self.live[0].number)
             .and_then(|index| self.live.get(index as usize));
         let Some(segment) = segment else {
-            self.lost.push_back(read.ticket);
+            self.give_up(read);
             return;
         };
-        let aligned = offset - offset % BLOCK_BYTES as u64;
-        read.skip = (offset - aligned) as usize;
-        let end = (offset + read.bytes as u64).min(self.options.segment_bytes);
-        let bytes = ((end - aligned) as usize).next_multiple_of(BLOCK_BYTES);
+        let end = read.records.iter().map(|r| r.position.0 + r.bytes as u64);
+        let end = end.max().expect("a piece has records");
+        let end = end.min((number + 1) * segment_bytes);
         self.device.start(
             tag,
             DeviceOp::Read {
                 file: segment.file.id,
-                offset: aligned,
-                bytes,
+                offset: read.start.0 % segment_bytes,
+                bytes: ((end - read.start.0) as usize).next_multiple_of(BLOCK_BYTES),
             },
         );
         self.reads.insert(tag, read);
     }
 
-    fn on_read(&mut self, tag: Tag, result: Result<Output, DeviceError>) -> Option<LogEvent> {
+    fn on_read(&mut self, tag: Tag, result: Result<Output, DeviceError>) {
         let mut read = self.reads.remove(&tag).expect("the read was started");
         match result {
-            Ok(Output::Bytes(bytes)) if bytes.len() > read.skip => {
-                let end = (read.skip + read.bytes).min(bytes.len());
-                Some(LogEvent::Read {
-                    ticket: read.ticket,
-                    record: Some(bytes[read.skip..end].to_vec()),
-                })
+            Ok(Output::Bytes(bytes)) => {
+                for wanted in &read.records {
+                    let from = (wanted.position.0 - read.start.0) as usize;
+                    let to = (from + wanted.bytes).min(bytes.len());
+                    let record = bytes.get(from..to).map(<[u8]>::to_vec);
+                    self.read.push_back((wanted.ticket, record));
+                }
             }
             Ok(_) | Err(_) if read.tries < READ_TRIES => {
                 read.tries += 1;
                 self.start_read(tag, read);
-                None
             }
-            Ok(_) | Err(_) => {
-                self.stats.read_failures += 1;
-                Some(LogEvent::Read {
-                    ticket: read.ticket,
-                    record: None,
-                })
-            }
+            Ok(_) | Err(_) => self.give_up(read),
         }
+    }
+
+    fn give_up(&mut self, read: PendingRead) {
+        let lost = read.records.iter().map(|wanted| (wanted.ticket, None));
+        self.read.extend(lost);
     }
 }

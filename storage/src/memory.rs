@@ -241,17 +241,21 @@ impl MemoryDevice {
             Some(Failing::Flush | Failing::Read) | None => {}
         }
         let end = offset as usize + bytes.len();
-        let used: usize = self.data.iter().map(|data| data.bytes.len()).sum();
+        self.reserve(end.saturating_sub(self.data[file.0 as usize].bytes.len()))?;
         let data = &mut self.data[file.0 as usize];
-        let growth = end.saturating_sub(data.bytes.len());
-        if growth > 0 && used + growth > self.space {
-            return Err(error(DeviceErrorKind::NoSpace, "write: no space is left"));
-        }
         if data.bytes.len() < end {
             data.bytes.resize(end, 0);
         }
         data.bytes[offset as usize..end].copy_from_slice(&bytes);
         data.unflushed.push((offset as usize, bytes));
+        Ok(())
+    }
+
+    fn reserve(&self, growth: usize) -> Result<(), DeviceError> {
+        let used: usize = self.data.iter().map(|data| data.bytes.len()).sum();
+        if growth > 0 && used + growth > self.space {
+            return Err(error(DeviceErrorKind::NoSpace, "no space is left"));
+        }
         Ok(())
     }
 
@@ -283,14 +287,18 @@ impl Device for MemoryDevice {
     fn perform(&mut self, op: DeviceOp) -> Result<Output, DeviceError> {
         match op {
             DeviceOp::List => Ok(Output::Names(self.names())),
-            DeviceOp::Create { name } => {
+            DeviceOp::Create { name, bytes } => {
                 if self.names.contains_key(&name) {
                     return Err(error(DeviceErrorKind::Exists, "create: the name exists"));
                 }
-                self.data.push(Data::default());
+                self.reserve(bytes as usize)?;
+                self.data.push(Data {
+                    bytes: vec![0; bytes as usize],
+                    ..Data::default()
+                });
                 let index = self.data.len() - 1;
                 self.names.insert(name, index);
-                Ok(Output::File(FileId(index as u32), 0))
+                Ok(Output::File(FileId(index as u32), bytes))
             }
             DeviceOp::Open { name } => match self.names.get(&name) {
                 Some(&index) => Ok(Output::File(

@@ -141,6 +141,7 @@ impl Work {
         let op = match self.stage {
             Stage::Create => DeviceOp::Create {
                 name: filling_name(self.number),
+                bytes: self.header.segment_bytes,
             },
             Stage::Fill => {
                 let left = self.header.segment_bytes - self.filled;

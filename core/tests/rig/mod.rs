@@ -1,5 +1,7 @@
 //! A shard on a log that lives in memory: batches become durable when the test says so, and a restart replays them.
 
+#![expect(clippy::unwrap_used, reason = "a rig may panic, it is a test")]
+
 use std::collections::BTreeMap;
 
 use pelton_core::{
