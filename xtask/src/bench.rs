@@ -5,9 +5,8 @@ use std::{ffi::OsString, io, process::ExitCode};
 use crate::cargo;
 
 #[derive(clap::Args)]
-#[command(disable_help_flag = true)]
 pub struct Args {
-    /// What `pelton bench` is given; `--help` shows its own help
+    /// What `pelton bench` is given; its own help is at `cargo xtask bench -- --help`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
 }

@@ -7,7 +7,7 @@ use crate::cargo;
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Args {
-    /// Run N seeds, from 0 on
+    /// Run N seeds
     #[arg(long, value_name = "N")]
     seeds: Option<u64>,
     /// Run the seed N alone, as a failing run names it

@@ -17,7 +17,8 @@ use crate::{cargo, tidy};
 use progress::Progress;
 use tally::Tally;
 
-/// The requirements of the Python tests; without the file nothing of Python is installed.
+/// The requirements of the Python tests; without the file nothing of Python is installed. The tests find the
+/// interpreter that has them through `PELTON_TEST_PYTHON`.
 const REQUIREMENTS: &str = "tests/python/requirements.txt";
 
 /// The simulation's binary; without it there is nothing to simulate.
@@ -51,7 +52,8 @@ pub fn run() -> io::Result<ExitCode> {
         });
     }
     verdict.stage("fmt", "the code is formatted", |progress| {
-        alone(cargo::cargo(&root, &["fmt", "--all", "--check"]), progress)
+        let what = ["fmt", "--all", "--check", "--", "--color", "never"];
+        alone(cargo::cargo(&root, &what), progress)
     });
     verdict.stage("tidy", "the rules of the house hold", |_| tidy(&root));
     verdict.stage("clippy", "no warning in any target", |progress| {
@@ -64,15 +66,19 @@ pub fn run() -> io::Result<ExitCode> {
         let what = ["--release", "--workspace", "--locked", "--no-fail-fast"];
         let mut command = cargo::cargo(&root, &["test"]);
         command.args(what);
-        command.env("PELTON_TEST_PYTHON", python.join("bin/python"));
+        if python.exists() {
+            command.env("PELTON_TEST_PYTHON", python.join("bin/python"));
+        }
         tests(command, progress)
     });
     if root.join(SIMULATION).exists() {
         verdict.stage("sim", "200 seeds in simulation", |progress| {
-            alone(simulation(&root, &["--seeds", "200"]), progress)
+            simulate(&root, progress)
         });
         verdict.stage("planted", "simulation finds a planted bug", |progress| {
-            let mut command = simulation(&root, &["--seeds", "1000", "--expect-violation"]);
+            let what = ["run", "--release", "--locked", "-p", "pelton-sim"];
+            let mut command = cargo::cargo(&root, &what);
+            command.args(["--", "--seeds", "1000", "--expect-violation"]);
             let flags = env::var("RUSTFLAGS").unwrap_or_default();
             command.env("RUSTFLAGS", format!("{flags} {PLANTED}").trim_start());
             // Other flags would have cargo build everything again, and again when they are gone.
@@ -173,10 +179,19 @@ fn tests(command: Command, progress: &mut Progress) -> io::Result<Outcome> {
     })
 }
 
-fn simulation(root: &Path, args: &[&str]) -> Command {
-    let mut command = cargo::cargo(root, &["run", "--release", "--locked", "-p", "pelton-sim"]);
-    command.arg("--").args(args);
-    command
+/// Builds the simulation as one of the whole workspace and starts it itself: alone (`-p`), its dependencies would have
+/// other cargo features than the tests', and half of them would be built a second time.
+fn simulate(root: &Path, progress: &mut Progress) -> io::Result<Outcome> {
+    let what = ["build", "--release", "--locked", "--workspace"];
+    let mut build = cargo::cargo(root, &what);
+    build.args(["--bin", "pelton-sim"]);
+    let built = alone(build, progress)?;
+    if built.failed > 0 {
+        return Ok(built);
+    }
+    let mut run = Command::new(cargo::target(root).join("release/pelton-sim"));
+    run.current_dir(root).args(["--seeds", "200"]);
+    alone(run, progress)
 }
 
 /// A stage that is one command: its exit code is the verdict.

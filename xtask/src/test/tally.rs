@@ -49,7 +49,10 @@ impl Tally {
         self.end_binary();
         if !succeeded {
             self.failed = self.failed.max(1);
-            self.show("cargo test", 0);
+            self.lines.retain(|line| !line.is_empty());
+            if !self.lines.is_empty() {
+                self.show("cargo test", 0);
+            }
         }
         (self.passed, self.failed, self.shown)
     }
@@ -188,23 +191,22 @@ error: 1 target failed:
             &format!("{GOOD}{bad}"),
             false,
             expect![[r#"
-            > pelton_a, src/lib.rs: 2 passed, 0 failed
-            > tests/c.rs: 1 passed, 1 failed
-            3 passed, 1 failed
-            ---- tests/c.rs
-            failures:
+                > pelton_a, src/lib.rs: 2 passed, 0 failed
+                > tests/c.rs: 1 passed, 1 failed
+                3 passed, 1 failed
+                ---- tests/c.rs
+                failures:
 
-            ---- broken stdout ----
-            left is not right
+                ---- broken stdout ----
+                left is not right
 
-            failures:
-                broken
+                failures:
+                    broken
 
-            ---- cargo test
-
-            error: 1 target failed:
-                `-p a --test c`
-        "#]],
+                ---- cargo test
+                error: 1 target failed:
+                    `-p a --test c`
+            "#]],
         );
     }
 
@@ -226,15 +228,14 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
             crash,
             false,
             expect![[r#"
-            > documentation of pelton_a: 1 passed, 0 failed
-            1 passed, 1 failed
-            ---- tests/c.rs ended without a result
+                > documentation of pelton_a: 1 passed, 0 failed
+                1 passed, 1 failed
+                ---- tests/c.rs ended without a result
 
-            running 1 test
-            thread 'main' panicked at a.rs:1
-            error: test failed, to rerun pass `-p a --test c`
-            ---- cargo test
-        "#]],
+                running 1 test
+                thread 'main' panicked at a.rs:1
+                error: test failed, to rerun pass `-p a --test c`
+            "#]],
         );
     }
 
