@@ -1,2 +1,50 @@
-//! Placeholder.
-fn main() {}
+//! The one entry to the project's chores: `cargo xtask COMMAND`. Each command has a file of its own.
+
+mod bench;
+mod cargo;
+mod ci;
+mod sim;
+mod test;
+mod tidy;
+
+use std::{io, process::ExitCode};
+
+use clap::Parser;
+
+/// The project's chores: check it, test it, simulate it, measure it.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", disable_help_subcommand = true)]
+enum Command {
+    /// Install what the tests need, run them all, and end in one verdict line
+    ///
+    /// The stages are formatting, tidy, clippy, every test of the workspace, the simulation and the planted bugs that
+    /// the simulation must find. A failing stage shows its output and does not keep the next ones from running.
+    Test,
+    /// Run exactly what continuous integration runs: the script .ci/run
+    Ci,
+    /// Check the rules of the house that no compiler knows
+    ///
+    /// One line a violation, `path:line: rule: what to do`. The rules: edges (who may import whom), placement (which
+    /// package belongs where), versions (all in the root manifest), headers (every file says its purpose), names,
+    /// marks (nothing is left for later), paths (what documents name exists), features (docs/FEATURES.md tells the
+    /// truth about its tests), unsafe (only where it is expected).
+    Tidy,
+    /// Run the simulation over many seeds, or again over one
+    Sim(sim::Args),
+    /// Run `pelton bench` in release; everything behind `bench` is handed on
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Command::parse() {
+        Command::Test => test::run(),
+        Command::Ci => ci::run(),
+        Command::Tidy => tidy::run(),
+        Command::Sim(args) => sim::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    done.unwrap_or_else(|error: io::Error| {
+        eprintln!("xtask: {error}");
+        ExitCode::FAILURE
+    })
+}
