@@ -1,6 +1,8 @@
 //! The log over a disk whose power fails: nothing accepted is lost, what was not accepted is lost or kept whole, and
 //! damage to what was accepted is named.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use pelton_core::{
     id::Lsn,
     limits::BATCH_BYTES_MAX,
