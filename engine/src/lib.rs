@@ -1,1 +1,26 @@
-//! Placeholder.
+//! The engine of Pelton: one thread per shard, the inboxes and the bell between them and their edges, and the API of
+//! programs that embed it. No async runtime is asked of the caller; no global subscriber, allocator or signal handler
+//! is installed; nothing calls `exit`.
+//!
+//! Reading order: `engine` opens and closes; `inbox` is what lies between the threads; `routes` where a task goes;
+//! `shard_loop` the loop of a shard; `edge` the handle of whoever talks to the world; `info` and `stats` what queries
+//! bring; `embedded` the API for embedding.
+
+pub mod engine;
+
+pub mod inbox;
+
+pub mod routes;
+
+mod shard_loop;
+
+pub mod edge;
+
+pub mod info;
+
+pub mod stats;
+
+pub mod embedded;
+
+pub use edge::Edge;
+pub use engine::{Closed, Engine, OpenError, Options};

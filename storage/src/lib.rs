@@ -16,5 +16,7 @@ pub mod recover;
 
 pub mod memory;
 
+pub mod manifest;
+
 #[cfg(feature = "device")]
 pub mod ring;

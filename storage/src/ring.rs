@@ -133,6 +133,11 @@ impl RingDevice {
         self.background.get() > 0
     }
 
+    /// True if an operation has ended that [`Device::completed`] has not told yet.
+    pub fn has_completed(&self) -> bool {
+        !self.finished.borrow().is_empty()
+    }
+
     /// Waits until the bell rings, the commit ends, or `timeout` is over; with background work at most a moment.
     pub fn wait(&mut self, timeout: Option<Duration>) {
         if !self.bell_armed {

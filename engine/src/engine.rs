@@ -1,0 +1,378 @@
+//! Opening and closing an engine: the data directory, one thread per shard, and what they share.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::Ordering::*,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use glommio::{LocalExecutorBuilder, Placement};
+use pelton_core::{
+    config::Directory,
+    id::ShardId,
+    limits::{EDGE_COUNT_MAX, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT, SHARD_COUNT_MAX},
+    shard::Options as CoreOptions,
+};
+use pelton_storage::{
+    device::DeviceError,
+    log::Options as LogOptions,
+    manifest::{DIRECTORY_VERSION, DataDirectory, DirectoryError, Manifest},
+    recover::{RecoverError, Report},
+};
+
+use crate::{
+    edge::Edge,
+    inbox::{Outbox, ShardInbox},
+    routes::{RoutePointer, Routes},
+    shard_loop::{Setup, ShardLoop},
+};
+
+/// Memory that glommio registers for its own direct I/O, per shard.
+const GLOMMIO_IO_BYTES: usize = 2 << 20;
+/// How soon glommio looks for finished background work while a shard is busy.
+const GLOMMIO_PREEMPT: Duration = Duration::from_micros(100);
+
+/// How an engine is opened. The defaults suit a machine that it has to itself.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Shards of a new data directory; `None` for half the cores, at least one. An existing directory keeps its own.
+    pub shards: Option<u16>,
+    /// Cores to pin the shards to, in turn; empty to leave them to the scheduler.
+    pub pin: Vec<usize>,
+    /// How long a shard looks for work before it sleeps: only where its core is not shared.
+    pub spin: Duration,
+    /// Bytes of a segment of a new directory.
+    pub segment_bytes: u64,
+    /// Largest payload and result.
+    pub payload_bytes_max: usize,
+    /// Free bytes of the file system below which submits are refused.
+    pub space_bytes_min: u64,
+    /// Time for which a lease outlives its executor's connection.
+    pub lease: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            shards: None,
+            pin: Vec::new(),
+            spin: Duration::ZERO,
+            segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
+            payload_bytes_max: PAYLOAD_BYTES_DEFAULT,
+            space_bytes_min: 1 << 30,
+            lease: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Why an engine does not open. Nothing in the directory was changed, unless the disk failed.
+#[derive(Debug)]
+pub enum OpenError {
+    /// The data directory.
+    Directory(DirectoryError),
+    /// A shard's log.
+    Recover { shard: ShardId, error: RecoverError },
+    /// The disk, or io_uring.
+    Device(DeviceError),
+    /// More shards than there may be.
+    Shards { asked: usize },
+    /// A thread or executor could not be made.
+    Thread(String),
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OpenError::Directory(error) => error.fmt(f),
+            OpenError::Recover { shard, error } => write!(f, "shard {}: {error}", shard.0),
+            OpenError::Device(error) => error.fmt(f),
+            OpenError::Shards { asked } => write!(
+                f,
+                "{asked} shards were asked for; from 1 to {SHARD_COUNT_MAX} are possible"
+            ),
+            OpenError::Thread(error) => write!(f, "a shard's thread could not be started: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+/// What shards and edges share.
+pub(crate) struct Shared {
+    pub(crate) inboxes: Vec<ShardInbox>,
+    pub(crate) edges: Vec<OnceLock<Arc<Outbox>>>,
+    pub(crate) routes: RoutePointer,
+}
+
+/// How an engine closed.
+#[derive(Clone, Copy, Debug)]
+pub struct Closed {
+    /// Every shard flushed and ended in time.
+    pub complete: bool,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// A running engine. Any number of them may live in a process, each in its own directory.
+pub struct Engine {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<thread::JoinHandle<()>>>,
+    ended: Mutex<Receiver<ShardId>>,
+    reports: Vec<Report>,
+    options: Options,
+    directory: DataDirectory,
+    pub(crate) embedded: OnceLock<crate::embedded::Embedded>,
+}
+
+impl Engine {
+    /// Opens or makes the data directory with default options and starts the shards.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Engine, OpenError> {
+        Engine::open_with(directory, Options::default())
+    }
+
+    /// Opens or makes the data directory and starts the shards. Returns when every shard has recovered its log.
+    pub fn open_with(directory: impl AsRef<Path>, options: Options) -> Result<Engine, OpenError> {
+        let mut directory =
+            DataDirectory::open(directory.as_ref()).map_err(OpenError::Directory)?;
+        let manifest = match directory.manifest() {
+            Some(manifest) => manifest,
+            None => {
+                let shards = options.shards.unwrap_or_else(default_shards);
+                if shards == 0 || usize::from(shards) > SHARD_COUNT_MAX {
+                    return Err(OpenError::Shards {
+                        asked: usize::from(shards),
+                    });
+                }
+                let manifest = Manifest {
+                    log_id: random(),
+                    generation: 1,
+                    shards,
+                    segment_bytes: options.segment_bytes,
+                };
+                directory.write(manifest).map_err(OpenError::Directory)?;
+                manifest
+            }
+        };
+        let inboxes: Result<Vec<_>, _> = (0..manifest.shards).map(|_| ShardInbox::new()).collect();
+        let shared = Arc::new(Shared {
+            inboxes: inboxes.map_err(|error| OpenError::Thread(error.to_string()))?,
+            edges: (0..EDGE_COUNT_MAX).map(|_| OnceLock::new()).collect(),
+            routes: RoutePointer::new(Routes::new(manifest.shards, Directory::default())),
+        });
+        let (ended_sender, ended) = channel();
+        let (opened_sender, opened) = channel();
+        let mut threads = Vec::new();
+        for shard in 0..manifest.shards {
+            let setup = setup(&options, &manifest, shard, &directory, &shared);
+            let opened = opened_sender.clone();
+            let ended = ended_sender.clone();
+            let placement = match options.pin.as_slice() {
+                [] => Placement::Unbound,
+                cores => Placement::Fixed(cores[usize::from(shard) % cores.len()]),
+            };
+            let thread = thread::Builder::new()
+                .name(format!("pelton-shard-{shard}"))
+                .spawn(move || {
+                    run_shard(setup, placement, &opened);
+                    let _ = ended.send(ShardId(shard));
+                })
+                .map_err(|error| OpenError::Thread(error.to_string()))?;
+            threads.push(thread);
+        }
+        drop(opened_sender);
+        let mut engine = Engine {
+            shared,
+            threads: Mutex::new(threads),
+            ended: Mutex::new(ended),
+            reports: Vec::new(),
+            options,
+            directory,
+            embedded: OnceLock::new(),
+        };
+        let mut newest = Directory::default();
+        let mut reports = Vec::new();
+        for opened in opened {
+            // Dropping the engine stops the shards that have started.
+            let (shard, report, directory) = opened?;
+            reports.push((shard, report));
+            if directory.version() > newest.version() {
+                newest = directory;
+            }
+        }
+        reports.sort_by_key(|(shard, _)| *shard);
+        if reports.len() != engine.shared.inboxes.len() {
+            return Err(OpenError::Thread(
+                "it ended before its log was recovered".to_owned(),
+            ));
+        }
+        engine.reports = reports.into_iter().map(|(_, report)| report).collect();
+        engine.shared.routes.adopt(newest);
+        Ok(engine)
+    }
+
+    /// Makes another edge. `wake` is called by shards after they have put something into its outbox; it must be
+    /// cheap and must not block. `None` if there are too many already.
+    pub fn attach(&self, wake: impl Fn() + Send + Sync + 'static) -> Option<Edge> {
+        Edge::attach(&self.shared, Box::new(wake))
+    }
+
+    /// How each shard's log was found.
+    pub fn reports(&self) -> &[Report] {
+        &self.reports
+    }
+
+    /// Shards.
+    pub fn shard_count(&self) -> u16 {
+        self.shared.inboxes.len() as u16
+    }
+
+    /// The data directory.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What it was opened with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Stops taking submits, flushes what was taken, and ends the shards. Leases stay with their executors. After
+    /// `deadline` the rest is left as a crash would leave it, which loses nothing accepted.
+    pub fn close(&self, deadline: Duration) -> Closed {
+        let start = Instant::now();
+        for inbox in &self.shared.inboxes {
+            inbox.stop.store(true, SeqCst);
+            inbox.wake();
+        }
+        let mut threads = lock(&self.threads);
+        let ended = lock(&self.ended);
+        let mut left = threads.len();
+        while left > 0 {
+            let rest = deadline.saturating_sub(start.elapsed());
+            match ended.recv_timeout(rest) {
+                Ok(_) => left -= 1,
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => left = 0,
+            }
+        }
+        if left == 0 {
+            for thread in threads.drain(..) {
+                let _ = thread.join();
+            }
+        }
+        Closed {
+            complete: left == 0,
+            took: start.elapsed(),
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.close(Duration::from_secs(10));
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("directory", &self.directory.path())
+            .field("shards", &self.shared.inboxes.len())
+            .finish_non_exhaustive()
+    }
+}
+
+type Opened = Result<(ShardId, Report, Directory), OpenError>;
+
+fn run_shard(setup: Setup, placement: Placement, opened: &std::sync::mpsc::Sender<Opened>) {
+    let me = setup.core.shard;
+    let executor = LocalExecutorBuilder::new(placement)
+        .name(&format!("pelton-shard-{}", me.0))
+        .io_memory(GLOMMIO_IO_BYTES)
+        .preempt_timer(GLOMMIO_PREEMPT)
+        .make();
+    let executor = match executor {
+        Ok(executor) => executor,
+        Err(error) => {
+            let _ = opened.send(Err(OpenError::Thread(error.to_string())));
+            return;
+        }
+    };
+    executor.run(async {
+        match ShardLoop::open(setup) {
+            Ok((shard, report)) => {
+                let directory = shard.directory().clone();
+                if opened.send(Ok((me, report, directory))).is_ok() {
+                    shard.run().await;
+                }
+            }
+            Err(error) => {
+                let _ = opened.send(Err(error));
+            }
+        }
+    });
+}
+
+fn setup(
+    options: &Options,
+    manifest: &Manifest,
+    shard: u16,
+    directory: &DataDirectory,
+    shared: &Arc<Shared>,
+) -> Setup {
+    Setup {
+        core: CoreOptions {
+            shard: ShardId(shard),
+            shards: manifest.shards,
+            segment_bytes: manifest.segment_bytes,
+            seed: random() as u64,
+            payload_bytes_max: options.payload_bytes_max as u32,
+            lease_ms: options.lease.as_millis() as u64,
+            ..CoreOptions::default()
+        },
+        log: LogOptions {
+            shard,
+            log_id: manifest.log_id,
+            segment_bytes: manifest.segment_bytes,
+        },
+        directory: directory.shard(shard),
+        space_bytes_min: options.space_bytes_min,
+        spin: options.spin,
+        shared: Arc::clone(shared),
+    }
+}
+
+/// Half the cores, at least one: the other half is for edges.
+pub fn default_shards() -> u16 {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    (cores / 2).clamp(1, SHARD_COUNT_MAX) as u16
+}
+
+/// Version of the data directory that this engine reads and writes.
+pub fn directory_version() -> u32 {
+    DIRECTORY_VERSION
+}
+
+/// The folder of a shard's log.
+pub fn shard_folder(directory: &Path, shard: u16) -> PathBuf {
+    pelton_storage::manifest::shard_folder(directory, shard)
+}
+
+fn random() -> u128 {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).expect("the kernel gives random numbers");
+    u128::from_le_bytes(bytes)
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing that holds one of these locks can panic half-way through a change.
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}

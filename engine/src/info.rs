@@ -1,0 +1,145 @@
+//! Answers to queries as an edge gets them: what the shard knows of a task together with what stands in the log.
+
+use pelton_core::{
+    error::Code,
+    event::{Counters, TaskView},
+    id::ConnectionId,
+    record::{Record, read_whole},
+};
+
+use crate::stats::ShardStats;
+
+/// A task with what its records say. Texts are empty where the task has none.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TaskInfo {
+    /// What the shard knows.
+    pub view: TaskView,
+    /// The given `task_id`.
+    pub task_id: String,
+    /// The ordering key.
+    pub key: String,
+    /// The payload's content type.
+    pub content_type: String,
+    /// W3C trace context.
+    pub traceparent: String,
+    /// Tags.
+    pub tags: Vec<String>,
+    /// The payload.
+    pub payload: Vec<u8>,
+    /// The code of the last error; `Ok` without one.
+    pub code: Code,
+    /// The last error.
+    pub error: String,
+    /// What the last attempt printed.
+    pub output: Vec<u8>,
+    /// The result.
+    pub result: Vec<u8>,
+    /// Logged time of the last outcome; 0 without one.
+    pub ended_ms: u64,
+    /// A record that should be there could not be read.
+    pub damaged: bool,
+}
+
+impl TaskInfo {
+    pub(crate) fn new(view: TaskView) -> TaskInfo {
+        TaskInfo {
+            view,
+            task_id: String::new(),
+            key: String::new(),
+            content_type: String::new(),
+            traceparent: String::new(),
+            tags: Vec::new(),
+            payload: Vec::new(),
+            code: Code::Ok,
+            error: String::new(),
+            output: Vec::new(),
+            result: Vec::new(),
+            ended_ms: 0,
+            damaged: false,
+        }
+    }
+
+    /// Takes what a record of this task says; false if it is not one of its records.
+    pub(crate) fn read(&mut self, record: &[u8]) -> bool {
+        match read_whole(record) {
+            Ok(Record::Task(task)) if task.request() == self.view.request => {
+                self.task_id = String::from(&*task.task_id);
+                self.key = String::from(&*task.key);
+                self.content_type = String::from(&*task.content_type);
+                self.traceparent = String::from(&*task.traceparent);
+                self.tags = pelton_core::record::tags(&task.tags)
+                    .map(|tag| String::from_utf8_lossy(tag).into_owned())
+                    .collect();
+                self.payload = task.payload.to_vec();
+                true
+            }
+            Ok(Record::Outcome(outcome)) if outcome.request.to_native() == self.view.request.0 => {
+                self.code = Code::from_number(outcome.code.to_native()).unwrap_or(Code::Internal);
+                self.error = String::from(&*outcome.error);
+                self.output = outcome.output.to_vec();
+                self.result = outcome.result.to_vec();
+                self.ended_ms = outcome.at_ms.to_native();
+                true
+            }
+            Ok(
+                Record::Task(_)
+                | Record::Outcome(_)
+                | Record::Lease(_)
+                | Record::Move(_)
+                | Record::Config(_)
+                | Record::Clock(_),
+            )
+            | Err(_) => false,
+        }
+    }
+}
+
+/// What a query brought.
+#[derive(Clone, Debug)]
+pub enum InfoReply {
+    /// A task.
+    Task(Box<TaskInfo>),
+    /// A page of tasks, without their payloads, and the cursor of the next page; 0 for none.
+    Page { tasks: Vec<TaskInfo>, cursor: u32 },
+    /// Counters and durations of the shard.
+    Stats(Box<ShardStats>),
+}
+
+/// An answer to a query.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// Who asked.
+    pub connection: ConnectionId,
+    /// The asker's number.
+    pub ticket: u64,
+    /// The answer.
+    pub reply: InfoReply,
+}
+
+/// Counters of all shards together.
+pub fn sum(counters: impl IntoIterator<Item = Counters>) -> Counters {
+    counters
+        .into_iter()
+        .fold(Counters::default(), |a, b| Counters {
+            accepted: a.accepted + b.accepted,
+            duplicates: a.duplicates + b.duplicates,
+            refused: a.refused + b.refused,
+            leased: a.leased + b.leased,
+            succeeded: a.succeeded + b.succeeded,
+            failed: a.failed + b.failed,
+            stopped: a.stopped + b.stopped,
+            expired: a.expired + b.expired,
+            invalid: a.invalid + b.invalid,
+            retried: a.retried + b.retried,
+            throttled: a.throttled + b.throttled,
+            stale: a.stale + b.stale,
+            recovered: a.recovered + b.recovered,
+            taken_over: a.taken_over + b.taken_over,
+            tasks: a.tasks + b.tasks,
+            waiting: a.waiting + b.waiting,
+            running: a.running + b.running,
+            finished: a.finished + b.finished,
+            names: a.names + b.names,
+            fetched_bytes: a.fetched_bytes + b.fetched_bytes,
+        })
+}

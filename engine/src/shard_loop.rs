@@ -1,0 +1,610 @@
+//! The loop of one shard: gather what came, step, perform what the step wants, sleep.
+//!
+//! It runs as the main task of a glommio executor on its own thread and never awaits while it has work: it sleeps in
+//! the log's own ring, which the bell of the inboxes ends, and yields to glommio while that has background work.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering::*},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use pelton_core::{
+    clock::{LoggedClock, Now},
+    event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
+    id::{ConnectionId, EdgeId, RequestId, ShardId},
+    limits::RECORD_BYTES_MAX,
+    shard::{Options as CoreOptions, Shard},
+};
+use pelton_storage::{
+    log::{Log, LogEvent, Options as LogOptions},
+    recover::{Report, recover},
+    ring::RingDevice,
+};
+
+use crate::{
+    engine::{OpenError, Shared},
+    inbox::{Delivery, Outbox, ShardInbox},
+    info::{Info, InfoReply, TaskInfo},
+    stats::{ShardStats, Stage},
+};
+
+/// Messages taken from an inbox in one turn.
+const CONTROL_PER_TURN: usize = 256;
+const SUBMITS_PER_TURN: usize = 64;
+/// A batch that holds only outcomes waits this long for company.
+const SOON_NS: u64 = 150_000;
+/// How often the disk's free space is looked at.
+const SPACE_EVERY_NS: u64 = 1_000_000_000;
+/// The first read of an outcome; a longer one is read again in full.
+const OUTCOME_BYTES_FIRST: usize = 4096;
+/// The longest sleep, so that the wall clock is followed.
+const SLEEP_MAX: Duration = Duration::from_secs(10);
+
+/// What a shard is made with.
+pub(crate) struct Setup {
+    pub(crate) core: CoreOptions,
+    pub(crate) log: LogOptions,
+    pub(crate) directory: PathBuf,
+    pub(crate) space_bytes_min: u64,
+    pub(crate) spin: Duration,
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// A page or a task whose records are being read.
+struct Lookup {
+    connection: ConnectionId,
+    ticket: u64,
+    tasks: Vec<TaskInfo>,
+    /// `Some` for a page.
+    cursor: Option<u32>,
+    /// Reads that have not come back.
+    reads: usize,
+}
+
+/// What a read of the log is for. Tickets below `RequestId`s' range are lookups.
+#[derive(Clone, Copy)]
+struct LookupRead {
+    lookup: u64,
+    task: usize,
+    outcome: bool,
+}
+
+pub(crate) struct ShardLoop {
+    shared: Arc<Shared>,
+    me: ShardId,
+    shard: Shard,
+    log: Log<RingDevice>,
+    inbox: Inbox,
+    effects: Effects,
+    /// What could not be delivered yet, per edge.
+    pending: Vec<Option<Box<Delivery>>>,
+    /// What could not be given to other shards yet.
+    to_shards: VecDeque<(ShardId, Control)>,
+    lookups: BTreeMap<u64, Lookup>,
+    lookup_reads: BTreeMap<u64, LookupRead>,
+    next_lookup: u64,
+    started: Instant,
+    clock: LoggedClock,
+    sealed_ns: u64,
+    soon_since_ns: Option<u64>,
+    space_seen_ns: u64,
+    space_bytes_min: u64,
+    directory: PathBuf,
+    spin: Duration,
+    poisoned: bool,
+    stats: ShardStats,
+}
+
+fn wall_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
+impl ShardLoop {
+    /// Recovers the shard's log. Called on the shard's thread, in its executor.
+    pub(crate) fn open(setup: Setup) -> Result<(ShardLoop, Report), OpenError> {
+        let me = setup.core.shard;
+        let bell = setup.shared.inboxes[usize::from(me.0)].bell.fd();
+        let device = RingDevice::open(&setup.directory, bell).map_err(OpenError::Device)?;
+        let registered = device.is_registered();
+        let mut shard = Shard::new(setup.core);
+        let (log, report) = recover(device, setup.log, &mut |lsn, schema, body| {
+            shard.replay(lsn, schema, body).map_err(|_| ())
+        })
+        .map_err(|error| OpenError::Recover { shard: me, error })?;
+        let clock = LoggedClock::start(0, wall_ms(), shard.last_logged_ms());
+        let mut stats = ShardStats::new(me);
+        stats.registered = registered;
+        let mut this = ShardLoop {
+            shared: setup.shared,
+            me,
+            shard,
+            log,
+            inbox: Inbox::default(),
+            effects: Effects::default(),
+            pending: Vec::new(),
+            to_shards: VecDeque::new(),
+            lookups: BTreeMap::new(),
+            lookup_reads: BTreeMap::new(),
+            next_lookup: 1,
+            started: Instant::now(),
+            clock,
+            sealed_ns: 0,
+            soon_since_ns: None,
+            space_seen_ns: 0,
+            space_bytes_min: setup.space_bytes_min,
+            directory: setup.directory,
+            spin: setup.spin,
+            poisoned: false,
+            stats,
+        };
+        let now = this.now();
+        this.shard.start(now);
+        this.look_at_space(now.mono_ns);
+        Ok((this, report))
+    }
+
+    /// The tenants and functions that the log held.
+    pub(crate) fn directory(&self) -> &pelton_core::config::Directory {
+        self.shard.directory()
+    }
+
+    /// Serves until the engine stops it; then flushes and closes the log.
+    pub(crate) async fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let inbox = &shared.inboxes[usize::from(self.me.0)];
+        let gone = Gone(inbox);
+        loop {
+            let now = self.now();
+            let worked = self.turn(now, inbox);
+            if inbox.stop.load(Relaxed) && !worked && self.is_drained() {
+                break;
+            }
+            if self.log.device().has_background() {
+                glommio::executor().yield_task_queue_now().await;
+            }
+            if !worked {
+                self.sleep(now, inbox);
+            }
+        }
+        self.close().await;
+        drop(gone);
+    }
+
+    /// One turn; true if another one should follow at once.
+    fn turn(&mut self, now: Now, inbox: &ShardInbox) -> bool {
+        self.gather(inbox);
+        self.hear_log(now);
+        self.log.tick(now.mono_ns);
+        if now.mono_ns >= self.space_seen_ns + SPACE_EVERY_NS {
+            self.look_at_space(now.mono_ns);
+        }
+        let had_work = self.log.has_durable()
+            || !self.inbox.control.is_empty()
+            || !self.inbox.submits.is_empty()
+            || !self.inbox.fetched.is_empty();
+        let (durable, mut space) = self.log.batch();
+        self.shard
+            .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
+        let (len, records) = (space.len, space.records);
+        self.log.filled(len, records);
+        let rolled = self.seal(now);
+        self.perform(now);
+        if had_work {
+            self.stats.turns += 1;
+            let took = self.started.elapsed().as_nanos() as u64 - now.mono_ns;
+            self.stats.record(Stage::Turn, took / 1000);
+        }
+        // What the batch had no room for waits for the flush in flight; nothing else keeps the loop awake.
+        rolled || self.log.has_durable() || self.has_backlog() && self.log.can_seal() && had_work
+    }
+
+    /// Something was gathered that the batch had no room for.
+    fn has_backlog(&self) -> bool {
+        !self.inbox.submits.is_empty() || !self.inbox.control.is_empty()
+    }
+
+    fn gather(&mut self, inbox: &ShardInbox) {
+        while self.inbox.control.len() < CONTROL_PER_TURN
+            && let Some(control) = inbox.control.pop()
+        {
+            self.inbox.control.push_back(control);
+        }
+        while self.inbox.submits.len() < SUBMITS_PER_TURN
+            && let Some(batch) = inbox.pop_submit()
+        {
+            self.inbox.submits.push_back(batch);
+        }
+    }
+
+    fn hear_log(&mut self, now: Now) {
+        while let Some(event) = self.log.poll(now.mono_ns) {
+            match event {
+                LogEvent::Durable => {
+                    let took = now.mono_ns.saturating_sub(self.sealed_ns);
+                    self.stats.record(Stage::Commit, took / 1000);
+                }
+                LogEvent::Read { ticket, record } => match u64::try_from(ticket) {
+                    Ok(lookup) => self.on_lookup_read(lookup, record),
+                    Err(_) => self.inbox.fetched.push(Fetched {
+                        request: RequestId(ticket),
+                        record,
+                    }),
+                },
+                LogEvent::Poisoned => {
+                    let cause = self.log.poisoned().map(ToString::to_string);
+                    tracing::error!(
+                        shard = self.me.0,
+                        cause,
+                        "the log has failed and is read-only"
+                    );
+                    self.stats.poisoned = cause;
+                    self.poisoned = true;
+                    self.shard.on_poisoned(&mut self.effects);
+                }
+            }
+        }
+    }
+
+    /// Seals the batch if the step wants that; true if the log went on to its next segment instead.
+    fn seal(&mut self, now: Now) -> bool {
+        let wanted = match self.effects.urgency {
+            Urgency::Nothing => false,
+            Urgency::Now => true,
+            Urgency::Soon => {
+                let since = *self.soon_since_ns.get_or_insert(now.mono_ns);
+                now.mono_ns >= since + SOON_NS
+            }
+        };
+        if wanted && self.log.can_seal() {
+            if self.log.open_records() > 0 {
+                self.stats
+                    .record(Stage::BatchRecords, u64::from(self.log.open_records()));
+            }
+            self.log.seal();
+            self.shard.on_sealed();
+            self.soon_since_ns = None;
+            self.sealed_ns = self.started.elapsed().as_nanos() as u64;
+            if let Some(bytes) = self.log.in_flight_bytes() {
+                self.stats.record(Stage::BatchBytes, bytes as u64);
+            }
+        }
+        self.log.retire_before(self.shard.retire_before());
+        let stuck = self.effects.full && self.log.open_records() == 0 && self.log.can_seal();
+        stuck && self.log.end_segment()
+    }
+
+    fn perform(&mut self, now: Now) {
+        let mut effects = std::mem::take(&mut self.effects);
+        for fetch in effects.fetches.drain(..) {
+            self.log
+                .read(fetch.request.0, fetch.position, fetch.bytes as usize);
+        }
+        if !effects.published.is_empty() {
+            self.shared.routes.publish(&effects.published);
+            effects.published.clear();
+        }
+        for (index, batch) in effects.edges.iter_mut().enumerate() {
+            if !batch.is_empty() {
+                let batch = std::mem::take(batch);
+                self.deliver(EdgeId(index as u16), batch, now);
+            }
+        }
+        self.flush_pending();
+        self.to_shards.extend(effects.shards.drain(..));
+        while let Some((shard, control)) = self.to_shards.pop_front() {
+            let inbox = &self.shared.inboxes[usize::from(shard.0)];
+            if let Err(control) = inbox.push_control(control) {
+                if !inbox.gone.load(Relaxed) {
+                    self.to_shards.push_front((shard, control));
+                    break;
+                }
+                continue;
+            }
+            inbox.wake();
+        }
+        effects.full = false;
+        effects.urgency = Urgency::Nothing;
+        self.effects = effects;
+    }
+
+    /// Adds to what an edge is to be told. Replies that need the log become lookups first.
+    fn deliver(&mut self, edge: EdgeId, mut batch: EdgeBatch, now: Now) {
+        for execute in &batch.executes {
+            let waited = now.logged_ms.saturating_sub(execute.request.accepted_ms());
+            self.stats.record(Stage::Wait, waited);
+        }
+        for finished in &batch.finished {
+            let total = now.logged_ms.saturating_sub(finished.request.accepted_ms());
+            self.stats.record(Stage::Total, total);
+        }
+        if !batch.replies.is_empty() {
+            let replies = std::mem::take(&mut batch.replies);
+            for (connection, ticket, reply) in replies {
+                match reply {
+                    Reply::Task { view } => self.look_up(connection, ticket, vec![view], None),
+                    Reply::Page { views, cursor } => {
+                        self.look_up(connection, ticket, views, Some(cursor));
+                    }
+                    Reply::Stats { counters } => {
+                        self.stats.counters = *counters;
+                        self.stats.log = self.log.stats();
+                        self.stats.clock_held = self.clock.held();
+                        let reply = InfoReply::Stats(Box::new(self.stats.clone()));
+                        self.inform(connection, ticket, reply);
+                    }
+                    Reply::Done { .. } | Reply::Leases { .. } | Reply::Refused { .. } => {
+                        batch.replies.push((connection, ticket, reply));
+                    }
+                }
+            }
+        }
+        if !batch.is_empty() {
+            self.pending(edge).batch.absorb(&mut batch);
+        }
+    }
+
+    fn pending(&mut self, edge: EdgeId) -> &mut Delivery {
+        let index = usize::from(edge.0);
+        if self.pending.len() <= index {
+            self.pending.resize_with(index + 1, || None);
+        }
+        self.pending[index].get_or_insert_with(|| {
+            Box::new(Delivery {
+                shard: self.me,
+                batch: EdgeBatch::default(),
+                infos: Vec::new(),
+            })
+        })
+    }
+
+    /// Hands over what edges have room for. Each batch holds what its edge asked for, so that what is kept here is
+    /// bounded by what edges have in flight.
+    fn flush_pending(&mut self) {
+        for (index, slot) in self.pending.iter_mut().enumerate() {
+            let Some(delivery) = slot.take() else {
+                continue;
+            };
+            let outbox: Option<&Arc<Outbox>> =
+                self.shared.edges.get(index).and_then(|edge| edge.get());
+            let Some(outbox) = outbox.filter(|outbox| !outbox.closed.load(Relaxed)) else {
+                continue;
+            };
+            if let Err(delivery) = outbox.deliveries.push(delivery) {
+                *slot = Some(delivery);
+            }
+            (outbox.wake)();
+        }
+    }
+
+    fn inform(&mut self, connection: ConnectionId, ticket: u64, reply: InfoReply) {
+        self.pending(connection.edge()).infos.push(Info {
+            connection,
+            ticket,
+            reply,
+        });
+    }
+
+    fn look_up(
+        &mut self,
+        connection: ConnectionId,
+        ticket: u64,
+        views: Vec<TaskView>,
+        cursor: Option<u32>,
+    ) {
+        let lookup = self.next_lookup;
+        self.next_lookup += 1;
+        let mut reads = 0;
+        for (task, view) in views.iter().enumerate() {
+            let (position, bytes) = view.record;
+            self.read_for(lookup, task, false, position, bytes as usize);
+            reads += 1;
+            if view.outcome.0 != 0 {
+                self.read_for(lookup, task, true, view.outcome, OUTCOME_BYTES_FIRST);
+                reads += 1;
+            }
+        }
+        let entry = Lookup {
+            connection,
+            ticket,
+            tasks: views.into_iter().map(TaskInfo::new).collect(),
+            cursor,
+            reads,
+        };
+        if reads == 0 {
+            self.finish_lookup(entry);
+        } else {
+            self.lookups.insert(lookup, entry);
+        }
+    }
+
+    fn read_for(
+        &mut self,
+        lookup: u64,
+        task: usize,
+        outcome: bool,
+        position: pelton_core::id::Lsn,
+        bytes: usize,
+    ) {
+        let ticket = self.next_lookup;
+        self.next_lookup += 1;
+        self.lookup_reads.insert(
+            ticket,
+            LookupRead {
+                lookup,
+                task,
+                outcome,
+            },
+        );
+        self.log.read(u128::from(ticket), position, bytes);
+    }
+
+    fn on_lookup_read(&mut self, ticket: u64, record: Option<Vec<u8>>) {
+        let Some(read) = self.lookup_reads.remove(&ticket) else {
+            return;
+        };
+        let Some(mut entry) = self.lookups.remove(&read.lookup) else {
+            return;
+        };
+        let task = &mut entry.tasks[read.task];
+        let understood = record.as_ref().is_some_and(|record| task.read(record));
+        let held = record.as_ref().map_or(0, Vec::len);
+        if !understood && read.outcome && held == OUTCOME_BYTES_FIRST {
+            let position = task.view.outcome;
+            self.read_for(read.lookup, read.task, true, position, RECORD_BYTES_MAX);
+            self.lookups.insert(read.lookup, entry);
+            return;
+        }
+        task.damaged |= !understood;
+        if entry.cursor.is_some() {
+            task.payload = Vec::new();
+            task.result = Vec::new();
+            task.output = Vec::new();
+        }
+        entry.reads -= 1;
+        if entry.reads == 0 {
+            self.finish_lookup(entry);
+        } else {
+            self.lookups.insert(read.lookup, entry);
+        }
+    }
+
+    fn finish_lookup(&mut self, mut entry: Lookup) {
+        let reply = match (entry.cursor, entry.tasks.pop()) {
+            (Some(cursor), last) => {
+                entry.tasks.extend(last);
+                InfoReply::Page {
+                    tasks: entry.tasks,
+                    cursor,
+                }
+            }
+            (None, Some(task)) => InfoReply::Task(Box::new(task)),
+            (None, None) => unreachable!("a lookup that is no page has one task"),
+        };
+        self.inform(entry.connection, entry.ticket, reply);
+    }
+
+    /// Sleeps until something comes in, a commit ends, or the next timer is due.
+    fn sleep(&mut self, now: Now, inbox: &ShardInbox) {
+        if !self.spin.is_zero() && self.spun_into_work(inbox) {
+            return;
+        }
+        // With a backlog the shard waits for its flush alone: whatever else comes in would not be taken before that.
+        let parked = !self.has_backlog();
+        if parked && !inbox.park() {
+            return;
+        }
+        let soon = self.soon_since_ns.map(|since| since + SOON_NS);
+        let wakes = [
+            self.shard.next_wake_ns(),
+            self.log.next_wake_ns(now.mono_ns),
+            soon.filter(|_| self.log.can_seal()),
+            self.has_undelivered().then_some(now.mono_ns + 1_000_000),
+        ];
+        let wake = wakes.into_iter().flatten().min();
+        let at = self.started.elapsed().as_nanos() as u64;
+        let timeout = wake.map_or(SLEEP_MAX, |wake| {
+            Duration::from_nanos(wake.saturating_sub(at)).min(SLEEP_MAX)
+        });
+        self.stats.parks += 1;
+        self.log.device().wait(Some(timeout));
+        inbox.unpark();
+    }
+
+    fn spun_into_work(&mut self, inbox: &ShardInbox) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < self.spin {
+            if !inbox.control.is_empty() || !inbox.submits.is_empty() {
+                return true;
+            }
+            self.log.device().reap();
+            if self.log.device().has_completed() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
+    }
+
+    fn has_undelivered(&self) -> bool {
+        self.pending.iter().any(Option::is_some) || !self.to_shards.is_empty()
+    }
+
+    fn is_drained(&self) -> bool {
+        self.log.is_quiet()
+            && self.log.open_records() == 0
+            && self.inbox.control.is_empty()
+            && self.lookups.is_empty()
+            || self.poisoned
+    }
+
+    /// Writes the closing batch, so that the next start knows that nothing is missing.
+    async fn close(mut self) {
+        if !self.poisoned && self.log.can_seal() {
+            self.log.close();
+        }
+        loop {
+            let now = self.now();
+            self.hear_log(now);
+            let waiting = !self.log.is_quiet() || self.log.device().has_background();
+            if !waiting || self.poisoned && !self.log.device().has_background() {
+                break;
+            }
+            if self.log.device().has_background() {
+                glommio::executor().yield_task_queue_now().await;
+            }
+            self.log.device().wait(Some(Duration::from_millis(10)));
+        }
+        self.flush_pending();
+    }
+
+    fn look_at_space(&mut self, mono_ns: u64) {
+        self.space_seen_ns = mono_ns;
+        let free = free_bytes(&self.directory).unwrap_or(u64::MAX);
+        let full = free < self.space_bytes_min || self.log.out_of_space();
+        if full != self.stats.disk_full {
+            tracing::warn!(
+                shard = self.me.0,
+                full,
+                free_bytes = free,
+                "disk space crossed the high-water mark"
+            );
+        }
+        self.stats.disk_full = full;
+        self.inbox.disk_has_room = !full;
+    }
+
+    fn now(&mut self) -> Now {
+        let mono_ns = self.started.elapsed().as_nanos() as u64;
+        Now {
+            mono_ns,
+            logged_ms: self.clock.advance(mono_ns, wall_ms()),
+        }
+    }
+}
+
+/// Marks the shard as gone when its thread ends, in a panic too, so that edges answer instead of waiting.
+struct Gone<'a>(&'a ShardInbox);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.0.gone.store(true, Relaxed);
+    }
+}
+
+/// Bytes that the file system of `directory` still gives to this process.
+fn free_bytes(directory: &std::path::Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(directory.as_os_str().as_bytes()).ok()?;
+    let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends with a zero byte, and there is room for the answer.
+    let result = unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) };
+    if result != 0 {
+        return None;
+    }
+    // SAFETY: the call succeeded and has written all of it.
+    let stat = unsafe { stat.assume_init() };
+    Some(stat.f_bavail * stat.f_frsize)
+}
