@@ -16,6 +16,8 @@ mod shard_loop;
 
 pub mod edge;
 
+pub mod slots;
+
 pub mod info;
 
 pub mod stats;
