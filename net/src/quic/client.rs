@@ -17,9 +17,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::ALPN;
 use super::certificate::fingerprint_of;
-use super::transport::{
-    HANDSHAKE_TIMEOUT, Path, Side, allow_large_packets, enlarge_buffers, transport,
-};
+use super::socket::{self, enlarge_buffers};
+use super::transport::{HANDSHAKE_TIMEOUT, Path, Side, transport};
 
 /// Which server a client takes for the right one.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -112,9 +111,7 @@ impl Connector {
             .map_err(ConnectError::Socket)?;
         enlarge_buffers(&socket);
         socket.bind(&local.into()).map_err(ConnectError::Socket)?;
-        let mut config = EndpointConfig::default();
-        allow_large_packets(&mut config);
-        let endpoint = Endpoint::new(config, None, socket.into(), Arc::new(quinn::TokioRuntime))
+        let endpoint = socket::endpoint(EndpointConfig::default(), None, socket.into())
             .map_err(ConnectError::Socket)?;
         Ok(Connector {
             endpoint,

@@ -8,7 +8,9 @@ pub mod transport;
 
 pub mod certificate;
 
-pub mod steering;
+mod socket;
+
+mod steering;
 
 pub mod server;
 

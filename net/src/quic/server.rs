@@ -15,10 +15,9 @@ use quinn::{Connection, ConnectionError, Endpoint, EndpointConfig, ServerConfig}
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::certificate::{Certificate, CertificateError};
+use super::socket::{self, enlarge_buffers};
 use super::steering::{SteeredIds, steer};
-use super::transport::{
-    HANDSHAKE_TIMEOUT, Path, Side, allow_large_packets, enlarge_buffers, transport,
-};
+use super::transport::{HANDSHAKE_TIMEOUT, Path, Side, transport};
 
 /// Connections of one socket that wait for their first look; beyond it packets of new ones are dropped.
 pub const INCOMING_MAX: usize = 1024;
@@ -113,8 +112,7 @@ pub fn bind(
     network.transport_config(Arc::new(transport(Side::Server, Path::Network)));
     let (loopback, network) = (Arc::new(loopback), Arc::new(network));
 
-    let mut endpoint = EndpointConfig::new(Arc::new(certificate.reset_key()));
-    allow_large_packets(&mut endpoint);
+    let endpoint = EndpointConfig::new(Arc::new(certificate.reset_key()));
 
     let sockets = bind_sockets(address, count)?;
     let socket_count = count as u16;
@@ -223,12 +221,7 @@ impl EdgeSocket {
 
     /// Starts serving on the current tokio runtime, whose thread owns the endpoint from now on.
     pub fn listen(self) -> io::Result<Listener> {
-        let endpoint = Endpoint::new(
-            self.endpoint,
-            Some((*self.network).clone()),
-            self.socket,
-            Arc::new(quinn::TokioRuntime),
-        )?;
+        let endpoint = socket::endpoint(self.endpoint, Some((*self.network).clone()), self.socket)?;
         Ok(Listener {
             endpoint,
             loopback: self.loopback,

@@ -1,11 +1,11 @@
 //! The settings of a connection: bounds against a peer that floods or stalls, and what makes loopback fast.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
-use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 /// Bytes that a peer may have in flight over all streams of a connection.
 pub const RECEIVE_WINDOW_BYTES: u32 = 8 << 20;
@@ -21,18 +21,19 @@ pub const IDLE_MS: u32 = 30_000;
 pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// A handshake takes at most this long.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// What is asked of the kernel for each direction of a socket; it may grant less (`net.core.rmem_max`).
-pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
-
 const _: () = assert!(KEEP_ALIVE.as_millis() * 2 < IDLE_MS as u128);
 
-/// The largest UDP payload that any path can carry, and so the size of one receive buffer.
-const UDP_PAYLOAD_BYTES_MAX: u16 = 65_527;
-/// The largest UDP payload over the loopback interface with IPv6, whose headers take 48 of the 65,536 bytes.
-const LOOPBACK_MTU: u16 = 65_488;
+/// Bytes of the loopback interface's packets where the system does not say.
+const LOOPBACK_PACKET_BYTES: u16 = u16::MAX;
+/// Headers of IPv6 and UDP; those of IPv4 are smaller.
+const PACKET_HEADER_BYTES: u16 = 48;
 /// Where the congestion window starts on loopback: there is no path to be gentle to, and a small window is paced with
-/// timers of a millisecond.
-const LOOPBACK_WINDOW_BYTES: u64 = 4 << 20;
+/// timers of a millisecond. It must not be smaller than a packet, or nothing is ever sent.
+const LOOPBACK_WINDOW_BYTES: u64 = STREAM_RECEIVE_WINDOW_BYTES as u64;
+/// When packets get lost on loopback, a buffer was full; the size is right and is tried again soon.
+const LOOPBACK_BLACK_HOLE_COOLDOWN: Duration = Duration::from_secs(1);
+
+const _: () = assert!(LOOPBACK_WINDOW_BYTES > 2 * LOOPBACK_PACKET_BYTES as u64);
 
 /// Which side of a connection the settings are for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,16 +85,19 @@ pub fn transport(side: Side, path: Path) -> TransportConfig {
     };
     match path {
         Path::Loopback => {
+            let mtu = loopback_mtu();
             let mut congestion = CubicConfig::default();
             congestion.initial_window(LOOPBACK_WINDOW_BYTES);
             let mut discovery = MtuDiscoveryConfig::default();
-            discovery.upper_bound(LOOPBACK_MTU);
+            discovery
+                .upper_bound(mtu)
+                .black_hole_cooldown(LOOPBACK_BLACK_HOLE_COOLDOWN);
             transport
-                .initial_mtu(LOOPBACK_MTU)
+                .initial_mtu(mtu)
                 .mtu_discovery_config(Some(discovery))
                 .initial_rtt(Duration::from_millis(1))
                 .congestion_controller_factory(Arc::new(congestion))
-                // Ten segments of this size are more than one system call can carry.
+                // Several packets of this size are more than one system call can carry, and would vanish.
                 .enable_segmentation_offload(false);
         }
         Path::Network => {}
@@ -101,15 +105,16 @@ pub fn transport(side: Side, path: Path) -> TransportConfig {
     transport
 }
 
-/// Tells the peer how large a packet may be.
-pub(crate) fn allow_large_packets(config: &mut EndpointConfig) {
-    config
-        .max_udp_payload_size(UDP_PAYLOAD_BYTES_MAX)
-        .expect("the bound lies between the 1200 and the 65527 that QUIC allows");
-}
-
-/// Asks for large socket buffers. That the kernel grants less is no error: packets are lost and sent again.
-pub(crate) fn enlarge_buffers(socket: &socket2::Socket) {
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
+/// The largest UDP payload that the loopback interface carries. Over the default of 1,452 bytes with segmentation
+/// offload it halves what a byte costs on both sides (0.44 against 1.08 ns a byte, 16 KiB batches on 2 cores).
+fn loopback_mtu() -> u16 {
+    static MTU: OnceLock<u16> = OnceLock::new();
+    *MTU.get_or_init(|| {
+        let told = std::fs::read_to_string("/sys/class/net/lo/mtu")
+            .ok()
+            .and_then(|text| text.trim().parse::<u32>().ok())
+            .unwrap_or(u32::from(LOOPBACK_PACKET_BYTES));
+        let packet = told.min(u32::from(LOOPBACK_PACKET_BYTES)) as u16;
+        packet.saturating_sub(PACKET_HEADER_BYTES)
+    })
 }
