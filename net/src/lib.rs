@@ -2,13 +2,15 @@
 //! byte; `docs/protocol-vectors.json` holds golden bytes that a test compares with this code.
 //!
 //! Reading order: `frame` cuts a stream into frames; `item` is what all frames that carry lists share; `session`,
-//! `submit`, `execute` and `query` are the bodies. No policy lives here: who may do what is decided by the edges.
+//! `submit`, `execute` and `query` are the bodies; `quic` carries them. No policy lives here: who may do what is
+//! decided by the edges.
 
 pub mod error;
 pub mod execute;
 pub mod frame;
 pub mod item;
 pub mod query;
+pub mod quic;
 pub mod session;
 pub mod submit;
 

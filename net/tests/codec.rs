@@ -1,6 +1,9 @@
 //! Every frame's golden bytes, every frame cut short and bit-flipped, and what a decode costs.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests stand outside the test functions"
+)]
 
 use std::fmt::Write as _;
 
