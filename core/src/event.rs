@@ -365,6 +365,8 @@ pub struct Finished {
     pub state: State,
     /// The error's code; `Ok` for a success.
     pub code: Code,
+    /// Attempts that were leased.
+    pub attempts: u16,
     /// True if the result is in `result`.
     pub with_result: bool,
     /// What the executor said of the error.

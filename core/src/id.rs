@@ -45,6 +45,11 @@ impl ConnectionId {
     pub fn edge(self) -> EdgeId {
         EdgeId((self.0 >> 48) as u16)
     }
+
+    /// Its number on that edge.
+    pub fn number(self) -> u64 {
+        self.0 & ((1 << 48) - 1)
+    }
 }
 
 /// The identity of one accepted task: `cell:12 | accepted_ms:44 | seq:40 | slot:32`, from the high bits down. Sorting

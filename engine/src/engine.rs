@@ -232,6 +232,11 @@ impl Engine {
         self.shared.inboxes.len() as u16
     }
 
+    /// A number that is the same over restarts on the same data directory.
+    pub fn identity(&self) -> u64 {
+        self.directory.manifest().map_or(0, |manifest| (manifest.log_id >> 64) as u64)
+    }
+
     /// The data directory.
     pub fn directory(&self) -> &Path {
         self.directory.path()

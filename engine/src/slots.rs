@@ -41,6 +41,11 @@ impl Lender {
         self.give(free, |_| true);
     }
 
+    /// Lends none until the next [`Lender::resize`].
+    pub fn hold(&mut self) {
+        self.lent.fill(0);
+    }
+
     /// A shard has spent a slot.
     pub fn on_execute(&mut self, shard: ShardId) {
         self.busy[usize::from(shard.0)] += 1;

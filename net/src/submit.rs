@@ -145,6 +145,11 @@ impl<'a> Tags<'a> {
         }
     }
 
+    /// The tags as they lie on the wire.
+    pub fn as_bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// Tags in the list.
     pub fn len(&self) -> usize {
         usize::from(self.count)

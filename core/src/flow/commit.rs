@@ -392,6 +392,7 @@ impl Shard {
         effects: &mut Effects,
     ) {
         let request = self.tasks[slot].request(slot);
+        let attempts = self.tasks[slot].token().attempt;
         let mut at = core::mem::replace(&mut self.tasks[slot].waiter, NIL);
         while at != NIL {
             let waiter = self.waiters[at as usize];
@@ -417,6 +418,7 @@ impl Shard {
                 request,
                 state,
                 code,
+                attempts,
                 with_result: waiter.with_result,
                 error,
                 result,
