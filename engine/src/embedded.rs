@@ -1,5 +1,1094 @@
 //! The API for programs that embed the engine: blocking calls, callbacks, or polling with an eventfd, from any thread.
+//!
+//! Behind it is an edge like any other, on a thread that is started with the first call. Calls from many threads meet
+//! there and go to the shards as batches.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    fmt, io,
+    os::fd::RawFd,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering::*},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use crossbeam::queue::ArrayQueue;
+use pelton_core::{
+    config::Wish,
+    error::Code,
+    event::{
+        Control, Durability, EdgeBatch, Outcome, OutcomeBatch, Query, Reply, Span, Start,
+        SubmitBatch, SubmitTask, Target, Verdict, stow,
+    },
+    id::{ConnectionId, FunctionId, RequestId, ShardId, TaskName, TenantId, Token, name_is_valid},
+    limits::{CONTENT_TYPE_BYTES_MAX, DELAY_MS_MAX, MAX_AGE_S_MAX, TAG_BYTES_MAX, TAG_COUNT_MAX},
+};
+
+use crate::{
+    edge::Edge,
+    engine::{Engine, lock},
+    inbox::Bell,
+    info::{InfoReply, TaskInfo},
+    routes::Routes,
+    slots::Lender,
+};
+
+/// Calls that may wait for the embedding thread.
+const COMMANDS_MAX: usize = 1 << 16;
+/// Completions that may wait to be polled.
+const COMPLETIONS_MAX: usize = 1 << 16;
+/// Slots of one function: each is a thread.
+const SLOTS_MAX: u32 = 4096;
+/// How often idle slots move between shards.
+const REBALANCE: Duration = Duration::from_millis(20);
+
+/// A task to be handed in.
+#[derive(Clone, Debug, Default)]
+pub struct Task {
+    /// The tenant.
+    pub tenant: String,
+    /// The function, which must exist: see [`Engine::function`] and [`Engine::configure`].
+    pub function: String,
+    /// The payload.
+    pub payload: Vec<u8>,
+    /// The given name; empty to have one generated.
+    pub task_id: String,
+    /// The ordering key; empty for none.
+    pub key: String,
+    /// The payload's content type; empty for none.
+    pub content_type: String,
+    /// `name=value` or bare words, at most 8.
+    pub tags: Vec<String>,
+    /// When it may start.
+    pub start: Start,
+    /// Own maximum age in seconds; 0 for the function's.
+    pub max_age_s: u32,
+    /// What the acceptance promises.
+    pub durability: Durability,
+}
+
+impl Task {
+    /// A task with defaults everywhere.
+    pub fn new(tenant: &str, function: &str, payload: impl Into<Vec<u8>>) -> Task {
+        Task {
+            tenant: tenant.to_owned(),
+            function: function.to_owned(),
+            payload: payload.into(),
+            ..Task::default()
+        }
+    }
+
+    /// Gives it a name, under which it is accepted once.
+    #[must_use]
+    pub fn named(self, task_id: &str) -> Task {
+        Task {
+            task_id: task_id.to_owned(),
+            ..self
+        }
+    }
+}
+
+/// A task was accepted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Accepted {
+    /// Its identity.
+    pub request_id: RequestId,
+    /// It was there already; this is the first one's identity.
+    pub duplicate: bool,
+    /// It is on disk.
+    pub durable: bool,
+}
+
+/// Why a call was refused.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Error {
+    /// What a caller branches on.
+    pub code: Code,
+    /// What to do.
+    pub what: &'static str,
+}
+
+impl Error {
+    fn new(code: Code, what: &'static str) -> Error {
+        Error { code, what }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.what)
+    }
+}
+
+impl std::error::Error for Error {}
+
+const CLOSED: &str = "the engine is closing";
+const BUSY: &str = "65,536 calls wait already: try again in a moment";
+const NAME: &str = "a name is 1 to 128 bytes: a letter or '_', then letters, digits, '_' and '-'";
+
+/// One attempt, as a function's handler gets it.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The task.
+    pub request_id: RequestId,
+    /// The attempt, counted from 1.
+    pub attempt: u16,
+    /// The given name; empty for a generated one.
+    pub task_id: String,
+    /// The ordering key; empty for none.
+    pub key: String,
+    /// The payload.
+    pub payload: Vec<u8>,
+    /// Set when somebody stops the task: a handler that looks may end early.
+    pub cancelled: Arc<AtomicBool>,
+}
+
+/// Why a handler did not succeed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum JobError {
+    /// It failed; it is tried again if a retry is left.
+    Failed(String),
+    /// What lies behind it is busy.
+    Throttled {
+        /// The wait asked for; 0 if not said.
+        retry_after_ms: u32,
+    },
+    /// It was stopped.
+    Stopped,
+}
+
+/// A submit that was started with [`Engine::submit_start`] has been answered.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The caller's number.
+    pub ticket: u64,
+    /// The answer.
+    pub result: Result<Accepted, Error>,
+}
+
+type Handler = Arc<dyn Fn(&Job) -> Result<Vec<u8>, JobError> + Send + Sync>;
+type SubmitReply = Box<dyn FnOnce(Result<Accepted, Error>) + Send>;
+type AskReply = mpsc::Sender<Result<Asked, Error>>;
+
+#[derive(Debug)]
+enum Asked {
+    Done,
+    Task(Box<TaskInfo>),
+    Finished,
+}
+
+enum Question {
+    Get,
+    Wait,
+    Stop,
+}
+
+enum Command {
+    Submit(Task, SubmitReply),
+    Ask {
+        tenant: String,
+        task: TaskName,
+        question: Question,
+        reply: AskReply,
+    },
+    Configure(Wish, AskReply),
+    Register {
+        tenant: String,
+        function: String,
+        slots: u32,
+        workers: Arc<Workers>,
+        reply: AskReply,
+    },
+    Ended {
+        request: RequestId,
+        token: Token,
+        result: Result<Vec<u8>, JobError>,
+    },
+}
 
 /// The edge that embedding calls share.
-#[derive(Debug)]
-pub struct Embedded {}
+pub(crate) struct Embedded {
+    queue: Arc<ArrayQueue<Command>>,
+    thread: Mutex<Option<thread::JoinHandle<()>>>,
+    unpark: thread::Thread,
+    stop: Arc<AtomicBool>,
+    completions: Arc<ArrayQueue<Completion>>,
+    bell: Arc<Bell>,
+    pools: Mutex<Vec<Pool>>,
+}
+
+impl Engine {
+    /// Hands in a task and waits until it is accepted, which is on disk unless the task asks for less.
+    pub fn submit(&self, task: Task) -> Result<Accepted, Error> {
+        let (sender, receiver) = mpsc::channel();
+        self.submit_then(task, move |result| {
+            let _ = sender.send(result);
+        })?;
+        receiver
+            .recv()
+            .unwrap_or(Err(Error::new(Code::Unavailable, CLOSED)))
+    }
+
+    /// Hands in many tasks at once, which costs hardly more than one, and waits until each is answered.
+    pub fn submit_all(&self, tasks: Vec<Task>) -> Vec<Result<Accepted, Error>> {
+        let (sender, receiver) = mpsc::channel();
+        let mut results: Vec<Result<Accepted, Error>> = tasks
+            .iter()
+            .map(|_| Err(Error::new(Code::Unavailable, CLOSED)))
+            .collect();
+        for (index, task) in tasks.into_iter().enumerate() {
+            let sender = sender.clone();
+            let asked = self.submit_then(task, move |result| {
+                let _ = sender.send((index, result));
+            });
+            if let Err(error) = asked {
+                results[index] = Err(error);
+            }
+        }
+        drop(sender);
+        for (index, result) in receiver {
+            results[index] = result;
+        }
+        results
+    }
+
+    /// Hands in a task; `then` is called with the answer, on the embedding thread: it must not block.
+    pub fn submit_then(
+        &self,
+        task: Task,
+        then: impl FnOnce(Result<Accepted, Error>) + Send + 'static,
+    ) -> Result<(), Error> {
+        self.embedded()?.send(Command::Submit(task, Box::new(then)))
+    }
+
+    /// Hands in a task; the answer comes by [`Engine::poll_completion`].
+    pub fn submit_start(&self, task: Task, ticket: u64) -> Result<(), Error> {
+        let embedded = self.embedded()?;
+        let completions = Arc::clone(&embedded.completions);
+        let bell = Arc::clone(&embedded.bell);
+        self.submit_then(task, move |result| {
+            // There is room: fewer calls wait than completions fit, unless the caller does not poll.
+            let _ = completions.push(Completion { ticket, result });
+            bell.ring();
+        })
+    }
+
+    /// The next answer to a [`Engine::submit_start`], if there is one.
+    pub fn poll_completion(&self) -> Option<Completion> {
+        self.embedded().ok()?.completions.pop()
+    }
+
+    /// An eventfd that is readable when completions may be polled. It belongs to the engine; whoever waits for it
+    /// reads its eight bytes and then polls until nothing is left.
+    pub fn completion_fd(&self) -> Result<RawFd, Error> {
+        Ok(self.embedded()?.bell.fd())
+    }
+
+    /// A task by request id, `FUNCTION/TASK_ID` or `FUNCTION/KEY/TASK_ID`.
+    pub fn get(&self, tenant: &str, task: &str) -> Result<TaskInfo, Error> {
+        match self.ask(tenant, task, Question::Get, Duration::MAX)? {
+            Asked::Task(info) => Ok(*info),
+            Asked::Done | Asked::Finished => {
+                Err(Error::new(Code::Internal, "no task was answered"))
+            }
+        }
+    }
+
+    /// Waits until a task is terminal, and returns it.
+    pub fn wait(&self, tenant: &str, task: &str, timeout: Duration) -> Result<TaskInfo, Error> {
+        let start = Instant::now();
+        match self.ask(tenant, task, Question::Wait, timeout)? {
+            Asked::Task(info) => Ok(*info),
+            Asked::Done | Asked::Finished => {
+                let left = timeout
+                    .saturating_sub(start.elapsed())
+                    .max(Duration::from_secs(1));
+                match self.ask(tenant, task, Question::Get, left)? {
+                    Asked::Task(info) => Ok(*info),
+                    Asked::Done | Asked::Finished => {
+                        Err(Error::new(Code::Internal, "no task was answered"))
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends a task.
+    pub fn stop(&self, tenant: &str, task: &str) -> Result<(), Error> {
+        self.ask(tenant, task, Question::Stop, Duration::MAX)
+            .map(drop)
+    }
+
+    /// Makes or changes a tenant or a function; returns when every shard has it on disk.
+    pub fn configure(&self, wish: Wish) -> Result<(), Error> {
+        let (reply, receiver) = mpsc::channel();
+        self.embedded()?.send(Command::Configure(wish, reply))?;
+        received(&receiver, Duration::MAX).map(drop)
+    }
+
+    /// Runs a function's tasks in this process, `slots` at a time, each on a thread of the engine's. The function is
+    /// made if it does not exist. A handler that panics has failed.
+    pub fn function(
+        &self,
+        tenant: &str,
+        function: &str,
+        slots: u32,
+        handler: impl Fn(&Job) -> Result<Vec<u8>, JobError> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        if slots == 0 || slots > SLOTS_MAX {
+            return Err(Error::new(
+                Code::InvalidArgument,
+                "a function has from 1 to 4096 slots",
+            ));
+        }
+        let embedded = self.embedded()?;
+        let workers = Arc::new(Workers::default());
+        let handler: Handler = Arc::new(handler);
+        let threads: Result<Vec<_>, io::Error> = (0..slots)
+            .map(|index| {
+                let workers = Arc::clone(&workers);
+                let handler = Arc::clone(&handler);
+                let queue = Arc::clone(&embedded.queue);
+                let unpark = embedded.unpark.clone();
+                thread::Builder::new()
+                    .name(format!("{function}-{index}"))
+                    .spawn(move || workers.work(&handler, &queue, &unpark))
+            })
+            .collect();
+        let threads = threads.map_err(|_| {
+            workers.close();
+            Error::new(Code::Unavailable, "the system gives no more threads")
+        })?;
+        lock(&embedded.pools).push(Pool {
+            workers: Arc::clone(&workers),
+            threads,
+        });
+        let (reply, receiver) = mpsc::channel();
+        embedded.send(Command::Register {
+            tenant: tenant.to_owned(),
+            function: function.to_owned(),
+            slots,
+            workers,
+            reply,
+        })?;
+        received(&receiver, Duration::MAX).map(drop)
+    }
+
+    fn ask(
+        &self,
+        tenant: &str,
+        task: &str,
+        question: Question,
+        timeout: Duration,
+    ) -> Result<Asked, Error> {
+        let task = TaskName::parse(task).ok_or(Error::new(
+            Code::InvalidArgument,
+            "a task is named by its request id, FUNCTION/TASK_ID or FUNCTION/KEY/TASK_ID",
+        ))?;
+        let (reply, receiver) = mpsc::channel();
+        self.embedded()?.send(Command::Ask {
+            tenant: tenant.to_owned(),
+            task,
+            question,
+            reply,
+        })?;
+        received(&receiver, timeout)
+    }
+
+    fn embedded(&self) -> Result<&Embedded, Error> {
+        if let Some(embedded) = self.embedded.get() {
+            return Ok(embedded);
+        }
+        let _one = lock(&self.embedding);
+        if let Some(embedded) = self.embedded.get() {
+            return Ok(embedded);
+        }
+        let embedded = Embedded::start(self)?;
+        Ok(self.embedded.get_or_init(|| embedded))
+    }
+}
+
+fn received(
+    receiver: &mpsc::Receiver<Result<Asked, Error>>,
+    timeout: Duration,
+) -> Result<Asked, Error> {
+    let received = if timeout == Duration::MAX {
+        receiver
+            .recv()
+            .map_err(|_| mpsc::RecvTimeoutError::Disconnected)
+    } else {
+        receiver.recv_timeout(timeout)
+    };
+    match received {
+        Ok(answer) => answer,
+        Err(mpsc::RecvTimeoutError::Timeout) => Err(Error::new(
+            Code::DeadlineExceeded,
+            "the task is not terminal yet: wait again",
+        )),
+        Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::new(Code::Unavailable, CLOSED)),
+    }
+}
+
+impl Embedded {
+    fn start(engine: &Engine) -> Result<Embedded, Error> {
+        let unavailable = |what| move |_: io::Error| Error::new(Code::Unavailable, what);
+        let queue = Arc::new(ArrayQueue::new(COMMANDS_MAX));
+        let stop = Arc::new(AtomicBool::new(false));
+        let bell = Bell::new().map_err(unavailable("the system gives no more descriptors"))?;
+        // The edge is made here, so that its waker can name the thread, and given to the thread as it starts.
+        let (edge_sender, edge_receiver) = mpsc::channel::<Edge>();
+        let thread = thread::Builder::new()
+            .name("pelton-embedded".to_owned())
+            .spawn({
+                let queue = Arc::clone(&queue);
+                let stop = Arc::clone(&stop);
+                move || {
+                    if let Ok(edge) = edge_receiver.recv() {
+                        Caller::new(edge, queue, stop).run();
+                    }
+                }
+            })
+            .map_err(unavailable("the system gives no more threads"))?;
+        let unpark = thread.thread().clone();
+        let waked = unpark.clone();
+        let edge = engine.attach(move || waked.unpark()).ok_or(Error::new(
+            Code::ResourceExhausted,
+            "the engine has no room for more edges",
+        ))?;
+        let _ = edge_sender.send(edge);
+        Ok(Embedded {
+            queue,
+            thread: Mutex::new(Some(thread)),
+            unpark,
+            stop,
+            completions: Arc::new(ArrayQueue::new(COMPLETIONS_MAX)),
+            bell: Arc::new(bell),
+            pools: Mutex::default(),
+        })
+    }
+
+    fn send(&self, command: Command) -> Result<(), Error> {
+        if self.stop.load(Relaxed) {
+            return Err(Error::new(Code::Unavailable, CLOSED));
+        }
+        let sent = self.queue.push(command);
+        self.unpark.unpark();
+        sent.map_err(|_| Error::new(Code::ResourceExhausted, BUSY))
+    }
+
+    /// Ends the embedding thread and the workers once they have finished what they run.
+    pub(crate) fn close(&self) {
+        self.stop.store(true, SeqCst);
+        for pool in lock(&self.pools).drain(..) {
+            pool.workers.close();
+            for thread in pool.threads {
+                let _ = thread.join();
+            }
+        }
+        self.unpark.unpark();
+        if let Some(thread) = lock(&self.thread).take() {
+            let _ = thread.join();
+        }
+        while self.queue.pop().is_some() {}
+    }
+}
+
+struct Pool {
+    workers: Arc<Workers>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+/// What waits for the threads of one function.
+#[derive(Default)]
+struct Workers {
+    jobs: Mutex<VecDeque<(Job, Token)>>,
+    more: Condvar,
+    closed: AtomicBool,
+}
+
+impl Workers {
+    fn give(&self, job: Job, token: Token) {
+        lock(&self.jobs).push_back((job, token));
+        self.more.notify_one();
+    }
+
+    fn close(&self) {
+        self.closed.store(true, SeqCst);
+        let _jobs = lock(&self.jobs);
+        self.more.notify_all();
+    }
+
+    fn work(&self, handler: &Handler, queue: &ArrayQueue<Command>, unpark: &thread::Thread) {
+        loop {
+            let (job, token) = {
+                let mut jobs = lock(&self.jobs);
+                loop {
+                    if self.closed.load(Relaxed) {
+                        return;
+                    }
+                    if let Some(job) = jobs.pop_front() {
+                        break job;
+                    }
+                    jobs = self
+                        .more
+                        .wait(jobs)
+                        .unwrap_or_else(|poisoned| poisoned.into_inner());
+                }
+            };
+            let result = catch_unwind(AssertUnwindSafe(|| handler(&job)))
+                .unwrap_or_else(|_| Err(JobError::Failed("the handler panicked".to_owned())));
+            let mut ended = Command::Ended {
+                request: job.request_id,
+                token,
+                result,
+            };
+            while let Err(back) = queue.push(ended) {
+                ended = back;
+                thread::sleep(Duration::from_millis(1));
+            }
+            unpark.unpark();
+        }
+    }
+}
+
+/// A function that this process runs.
+struct Served {
+    function: FunctionId,
+    lender: Lender,
+    workers: Arc<Workers>,
+}
+
+/// What runs on the embedding thread.
+struct Caller {
+    edge: Edge,
+    queue: Arc<ArrayQueue<Command>>,
+    stop: Arc<AtomicBool>,
+    connection: ConnectionId,
+    executor: u64,
+    /// By ticket: the replies of a batch's tasks, in their order.
+    submits: HashMap<u64, Vec<Option<SubmitReply>>>,
+    asks: HashMap<u64, AskReply>,
+    /// Functions that are being made: what is registered once that is done.
+    registering: HashMap<u64, (String, String, u32, Arc<Workers>, AskReply)>,
+    served: Vec<Served>,
+    running: HashMap<RequestId, (usize, ShardId, Arc<AtomicBool>)>,
+    next_ticket: u64,
+    rebalanced: Instant,
+    /// Messages that found an inbox full.
+    unsent: VecDeque<(ShardId, Control)>,
+}
+
+impl Caller {
+    fn new(edge: Edge, queue: Arc<ArrayQueue<Command>>, stop: Arc<AtomicBool>) -> Caller {
+        let mut executor = [0; 8];
+        getrandom::fill(&mut executor).expect("the kernel gives random numbers");
+        Caller {
+            connection: ConnectionId::new(edge.id(), 0),
+            edge,
+            queue,
+            stop,
+            executor: u64::from_le_bytes(executor),
+            submits: HashMap::new(),
+            asks: HashMap::new(),
+            registering: HashMap::new(),
+            served: Vec::new(),
+            running: HashMap::new(),
+            next_ticket: 1,
+            rebalanced: Instant::now(),
+            unsent: VecDeque::new(),
+        }
+    }
+
+    fn run(mut self) {
+        loop {
+            let stopping = self.stop.load(SeqCst);
+            self.commands();
+            while let Some(delivery) = self.edge.take() {
+                self.on_batch(delivery.shard, &delivery.batch);
+                for (ticket, reply) in delivery.infos.into_iter().map(|i| (i.ticket, i.reply)) {
+                    if let InfoReply::Task(task) = reply {
+                        self.answer(ticket, Ok(Asked::Task(task)));
+                    }
+                }
+            }
+            self.rebalance();
+            self.resend();
+            self.edge.wake();
+            if stopping && self.queue.is_empty() && self.submits.is_empty() {
+                break;
+            }
+            if self.edge.is_closing() && self.submits.is_empty() && stopping {
+                break;
+            }
+            if self.edge.has_delivery() || !self.queue.is_empty() {
+                continue;
+            }
+            let busy = !self.unsent.is_empty() || self.lends_over_shards() || stopping;
+            if busy {
+                thread::park_timeout(Duration::from_millis(if stopping { 1 } else { 20 }));
+            } else {
+                thread::park();
+            }
+        }
+        for shard in self.edge.shards() {
+            self.control(
+                shard,
+                Control::SessionClosed {
+                    executor: self.executor,
+                    connection: self.connection,
+                },
+            );
+        }
+        self.edge.wake();
+    }
+
+    fn ticket(&mut self) -> u64 {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        ticket
+    }
+
+    fn control(&mut self, shard: ShardId, control: Control) {
+        self.unsent.push_back((shard, control));
+        self.resend();
+    }
+
+    fn resend(&mut self) {
+        while let Some((shard, control)) = self.unsent.pop_front() {
+            if let Err(control) = self.edge.control(shard, control)
+                && !self.edge.is_gone(shard)
+            {
+                self.unsent.push_front((shard, control));
+                return;
+            }
+        }
+    }
+
+    fn commands(&mut self) {
+        let mut submits = Vec::new();
+        let mut ended: BTreeMap<ShardId, OutcomeBatch> = BTreeMap::new();
+        while let Some(command) = self.queue.pop() {
+            match command {
+                Command::Submit(task, reply) => {
+                    submits.push((task, reply));
+                    if submits.len() >= 4096 {
+                        self.submit(std::mem::take(&mut submits));
+                    }
+                }
+                Command::Ask {
+                    tenant,
+                    task,
+                    question,
+                    reply,
+                } => self.ask(&tenant, task, &question, reply),
+                Command::Configure(wish, reply) => {
+                    let ticket = self.ticket();
+                    self.asks.insert(ticket, reply);
+                    self.wish(ticket, wish);
+                }
+                Command::Register {
+                    tenant,
+                    function,
+                    slots,
+                    workers,
+                    reply,
+                } => {
+                    let ticket = self.ticket();
+                    let wish = Wish::EnsureFunction {
+                        tenant: tenant.clone(),
+                        name: function.clone(),
+                    };
+                    self.registering
+                        .insert(ticket, (tenant, function, slots, workers, reply));
+                    self.wish(ticket, wish);
+                }
+                Command::Ended {
+                    request,
+                    token,
+                    result,
+                } => self.ended(request, token, result, &mut ended),
+            }
+        }
+        self.submit(submits);
+        for (shard, batch) in ended {
+            self.control(shard, Control::Outcomes(batch));
+        }
+    }
+
+    fn wish(&mut self, ticket: u64, wish: Wish) {
+        let connection = self.connection;
+        self.control(
+            ShardId(0),
+            Control::Configure {
+                connection,
+                ticket,
+                wish,
+            },
+        );
+    }
+
+    fn submit(&mut self, submits: Vec<(Task, SubmitReply)>) {
+        let mut batches: BTreeMap<(ShardId, TenantId), Box<SubmitBatch>> = BTreeMap::new();
+        let mut refused = Vec::new();
+        for (task, reply) in submits {
+            let placed = self.edge.with_routes(|routes| place(routes, &task));
+            let (tenant, function, cell, shard) = match placed {
+                Ok(placed) => placed,
+                Err(error) => {
+                    refused.push((reply, error));
+                    continue;
+                }
+            };
+            let ticket = match batches.get(&(shard, tenant)) {
+                Some(batch) => batch.ticket,
+                None => {
+                    let ticket = self.ticket();
+                    let batch = SubmitBatch {
+                        connection: self.connection,
+                        ticket,
+                        tenant,
+                        notify: false,
+                        with_result: false,
+                        tasks: Vec::new(),
+                        bytes: Vec::new(),
+                        done: 0,
+                    };
+                    batches.insert((shard, tenant), Box::new(batch));
+                    self.submits.insert(ticket, Vec::new());
+                    ticket
+                }
+            };
+            let batch = batches.get_mut(&(shard, tenant)).expect("made above");
+            let replies = self.submits.entry(ticket).or_default();
+            let mut tags = Vec::new();
+            for tag in &task.tags {
+                tags.push(tag.len() as u8);
+                tags.extend_from_slice(tag.as_bytes());
+            }
+            batch.tasks.push(SubmitTask {
+                function,
+                cell,
+                index: replies.len() as u32,
+                start: task.start,
+                max_age_s: task.max_age_s,
+                cost: 0,
+                priority: 0,
+                durability: task.durability,
+                task_id: stow(&mut batch.bytes, task.task_id.as_bytes()),
+                key: stow(&mut batch.bytes, task.key.as_bytes()),
+                content_type: stow(&mut batch.bytes, task.content_type.as_bytes()),
+                traceparent: Span::default(),
+                tags: stow(&mut batch.bytes, &tags),
+                payload: stow(&mut batch.bytes, &task.payload),
+            });
+            replies.push(Some(reply));
+        }
+        for ((shard, _), batch) in batches {
+            let ticket = batch.ticket;
+            if self.edge.submit(shard, batch).is_err() {
+                let error = if self.edge.is_closing() {
+                    Error::new(Code::Unavailable, CLOSED)
+                } else {
+                    Error::new(
+                        Code::ResourceExhausted,
+                        "the engine takes no more at the moment: try again later",
+                    )
+                };
+                let replies = self.submits.remove(&ticket).unwrap_or_default();
+                refused.extend(replies.into_iter().flatten().map(|r| (r, error.clone())));
+            }
+        }
+        for (reply, error) in refused {
+            reply(Err(error));
+        }
+    }
+
+    fn ask(&mut self, tenant: &str, task: TaskName, question: &Question, reply: AskReply) {
+        let placed = self.edge.with_routes(|routes| locate(routes, tenant, task));
+        let (tenant, target, shard) = match placed {
+            Ok(placed) => placed,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let ticket = self.ticket();
+        self.asks.insert(ticket, reply);
+        let query = match question {
+            Question::Get => Query::Get { target },
+            Question::Wait => Query::Wait { target },
+            Question::Stop => Query::Stop { target },
+        };
+        let connection = self.connection;
+        self.control(
+            shard,
+            Control::Query {
+                connection,
+                ticket,
+                tenant,
+                query,
+            },
+        );
+    }
+
+    fn answer(&mut self, ticket: u64, answer: Result<Asked, Error>) {
+        if let Some(reply) = self.asks.remove(&ticket) {
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn on_batch(&mut self, shard: ShardId, batch: &EdgeBatch) {
+        for run in &batch.runs {
+            let answers = &batch.answers[run.first as usize..][..run.count as usize];
+            let Some(replies) = self.submits.get_mut(&run.ticket) else {
+                continue;
+            };
+            for answer in answers {
+                let reply = replies
+                    .get_mut(answer.index as usize)
+                    .and_then(Option::take);
+                let result = match answer.code {
+                    Code::Ok => Ok(Accepted {
+                        request_id: answer.request,
+                        duplicate: answer.duplicate,
+                        durable: answer.durable,
+                    }),
+                    code => Err(Error::new(code, answer.what)),
+                };
+                if let Some(reply) = reply {
+                    reply(result);
+                }
+            }
+            if replies.iter().all(Option::is_none) {
+                self.submits.remove(&run.ticket);
+            }
+        }
+        for execute in &batch.executes {
+            let index = usize::from(execute.index);
+            let text =
+                |span: Span| String::from_utf8_lossy(&batch.bytes[span.range()]).into_owned();
+            let Some(served) = self.served.get_mut(index) else {
+                continue;
+            };
+            let cancelled = Arc::new(AtomicBool::new(false));
+            served.lender.on_execute(shard);
+            let job = Job {
+                request_id: execute.request,
+                attempt: execute.token.attempt,
+                task_id: text(execute.task_id),
+                key: text(execute.key),
+                payload: batch.bytes[execute.payload.range()].to_vec(),
+                cancelled: Arc::clone(&cancelled),
+            };
+            self.running
+                .insert(execute.request, (index, shard, cancelled));
+            served.workers.give(job, execute.token);
+        }
+        for cancel in &batch.cancels {
+            if let Some((_, _, cancelled)) = self.running.get(&cancel.request) {
+                cancelled.store(true, Relaxed);
+            }
+        }
+        for finished in &batch.finished {
+            self.answer(finished.ticket, Ok(Asked::Finished));
+        }
+        for (_, ticket, reply) in &batch.replies {
+            if self.registering.contains_key(ticket) {
+                self.registered(*ticket, reply);
+                continue;
+            }
+            match reply {
+                Reply::Refused { code, what } => {
+                    self.answer(*ticket, Err(Error::new(*code, what)));
+                }
+                Reply::Done { .. }
+                | Reply::Task { .. }
+                | Reply::Page { .. }
+                | Reply::Stats { .. }
+                | Reply::Leases { .. } => self.answer(*ticket, Ok(Asked::Done)),
+            }
+        }
+    }
+
+    fn registered(&mut self, ticket: u64, reply: &Reply) {
+        let Some((tenant, name, slots, workers, caller)) = self.registering.remove(&ticket) else {
+            return;
+        };
+        if let Reply::Refused { code, what } = reply {
+            let _ = caller.send(Err(Error::new(*code, what)));
+            return;
+        }
+        let function = self.edge.with_routes(|routes| {
+            let tenant = routes.tenant(&tenant)?;
+            Some(routes.function(tenant, &name)?.0)
+        });
+        let Some(function) = function else {
+            let _ = caller.send(Err(Error::new(Code::NotFound, "the function was removed")));
+            return;
+        };
+        if self.served.is_empty() {
+            for shard in self.edge.shards() {
+                let (executor, connection) = (self.executor, self.connection);
+                let control = Control::SessionOpened {
+                    executor,
+                    connection,
+                };
+                self.control(shard, control);
+            }
+        }
+        self.served.push(Served {
+            function,
+            lender: Lender::new(slots, self.edge.shard_count()),
+            workers,
+        });
+        self.lend(self.served.len() - 1);
+        let _ = caller.send(Ok(Asked::Done));
+    }
+
+    fn lend(&mut self, index: usize) {
+        let served = &mut self.served[index];
+        let function = served.function;
+        for (shard, count) in served.lender.changes() {
+            let executor = self.executor;
+            let control = Control::SlotsLent {
+                executor,
+                function,
+                index: index as u16,
+                count,
+            };
+            self.control(shard, control);
+        }
+    }
+
+    fn lends_over_shards(&self) -> bool {
+        !self.served.is_empty() && self.edge.shard_count() > 1
+    }
+
+    fn rebalance(&mut self) {
+        if !self.lends_over_shards() || self.rebalanced.elapsed() < REBALANCE {
+            return;
+        }
+        self.rebalanced = Instant::now();
+        for index in 0..self.served.len() {
+            if self.served[index].lender.rebalance() {
+                self.lend(index);
+            }
+        }
+    }
+
+    fn ended(
+        &mut self,
+        request: RequestId,
+        token: Token,
+        result: Result<Vec<u8>, JobError>,
+        batches: &mut BTreeMap<ShardId, OutcomeBatch>,
+    ) {
+        let Some((index, shard, _)) = self.running.remove(&request) else {
+            return;
+        };
+        self.served[index].lender.on_outcome(shard);
+        let batch = batches.entry(shard).or_insert_with(|| OutcomeBatch {
+            connection: self.connection,
+            ticket: 0,
+            outcomes: Vec::new(),
+            bytes: Vec::new(),
+            done: 0,
+            refused: Vec::new(),
+        });
+        let (verdict, error, result) = match result {
+            Ok(result) => (Verdict::Succeeded, String::new(), result),
+            Err(JobError::Failed(error)) => (Verdict::Failed, error, Vec::new()),
+            Err(JobError::Throttled { retry_after_ms }) => (
+                Verdict::Throttled { retry_after_ms },
+                String::new(),
+                Vec::new(),
+            ),
+            Err(JobError::Stopped) => (Verdict::Stopped, String::new(), Vec::new()),
+        };
+        batch.outcomes.push(Outcome {
+            request,
+            token,
+            verdict,
+            code: Code::Ok,
+            error: stow(&mut batch.bytes, error.as_bytes()),
+            output: Span::default(),
+            result: stow(&mut batch.bytes, &result),
+        });
+    }
+}
+
+type Placed = (TenantId, FunctionId, pelton_core::id::CellId, ShardId);
+
+/// Checks what needs no state, as every edge does, and finds the task's shard.
+fn place(routes: &Routes, task: &Task) -> Result<Placed, Error> {
+    let invalid = |what| Err(Error::new(Code::InvalidArgument, what));
+    for name in [&task.task_id, &task.key] {
+        if !name.is_empty() && !name_is_valid(name) {
+            return invalid(NAME);
+        }
+    }
+    if RequestId::parse(&task.task_id).is_some() {
+        return invalid("a task_id must not look like a request id: t and 32 hex digits");
+    }
+    if task.content_type.len() > CONTENT_TYPE_BYTES_MAX {
+        return invalid("a content type has at most 128 bytes");
+    }
+    let tag_ok = |tag: &String| !tag.is_empty() && tag.len() <= TAG_BYTES_MAX;
+    if task.tags.len() > TAG_COUNT_MAX || !task.tags.iter().all(tag_ok) {
+        return invalid("a task has at most 8 tags of 1 to 128 bytes");
+    }
+    if task.max_age_s > MAX_AGE_S_MAX {
+        return invalid("max age is at most 604800 seconds");
+    }
+    if matches!(task.start, Start::DelayMs(delay) if delay > DELAY_MS_MAX) {
+        return invalid("a delay is at most 366 days");
+    }
+    let unknown = Error::new(
+        Code::NotFound,
+        "there is no such function: Engine::function or Engine::configure makes it",
+    );
+    let tenant = routes.tenant(&task.tenant).ok_or(unknown.clone())?;
+    let (id, function) = routes.function(tenant, &task.function).ok_or(unknown)?;
+    let cell = routes.cell_of(function, &task.key, &task.task_id);
+    Ok((tenant, id, cell, routes.shard_of(cell)))
+}
+
+fn locate(
+    routes: &Routes,
+    tenant: &str,
+    task: TaskName,
+) -> Result<(TenantId, Target, ShardId), Error> {
+    let none = || {
+        Error::new(
+            Code::NotFound,
+            "there is no such task, or it is no longer kept",
+        )
+    };
+    let tenant = routes.tenant(tenant).ok_or_else(none)?;
+    match task {
+        TaskName::Request(request) => {
+            let shard = routes.shard_of(request.cell());
+            Ok((tenant, Target::Request(request), shard))
+        }
+        TaskName::Given {
+            function,
+            key,
+            task_id,
+        } => {
+            let (id, function) = routes.function(tenant, &function).ok_or_else(none)?;
+            let key = key.unwrap_or_default();
+            let shard = routes.shard_of(routes.cell_of(function, &key, &task_id));
+            let target = Target::Given {
+                function: id,
+                key,
+                task_id,
+            };
+            Ok((tenant, target, shard))
+        }
+    }
+}

@@ -28,6 +28,7 @@ use pelton_storage::{
 
 use crate::{
     edge::Edge,
+    embedded::Embedded,
     inbox::{Outbox, ShardInbox},
     routes::{RoutePointer, Routes},
     shard_loop::{Setup, ShardLoop},
@@ -127,7 +128,9 @@ pub struct Engine {
     reports: Vec<Report>,
     options: Options,
     directory: DataDirectory,
-    pub(crate) embedded: OnceLock<crate::embedded::Embedded>,
+    pub(crate) embedded: OnceLock<Embedded>,
+    /// Held while the embedding thread is started.
+    pub(crate) embedding: Mutex<()>,
 }
 
 impl Engine {
@@ -194,10 +197,11 @@ impl Engine {
             options,
             directory,
             embedded: OnceLock::new(),
+            embedding: Mutex::new(()),
         };
         let mut newest = Directory::default();
         let mut reports = Vec::new();
-        for opened in opened {
+        for opened in opened.iter().take(usize::from(manifest.shards)) {
             // Dropping the engine stops the shards that have started.
             let (shard, report, directory) = opened?;
             reports.push((shard, report));
@@ -234,7 +238,9 @@ impl Engine {
 
     /// A number that is the same over restarts on the same data directory.
     pub fn identity(&self) -> u64 {
-        self.directory.manifest().map_or(0, |manifest| (manifest.log_id >> 64) as u64)
+        self.directory
+            .manifest()
+            .map_or(0, |manifest| (manifest.log_id >> 64) as u64)
     }
 
     /// The data directory.
@@ -251,6 +257,9 @@ impl Engine {
     /// `deadline` the rest is left as a crash would leave it, which loses nothing accepted.
     pub fn close(&self, deadline: Duration) -> Closed {
         let start = Instant::now();
+        if let Some(embedded) = self.embedded.get() {
+            embedded.close();
+        }
         for inbox in &self.shared.inboxes {
             inbox.stop.store(true, SeqCst);
             inbox.wake();

@@ -192,6 +192,7 @@ impl ShardLoop {
         self.log.filled(len, records);
         let rolled = self.seal(now);
         self.perform(now);
+        self.log.start_reads();
         if had_work {
             self.stats.turns += 1;
             let took = self.started.elapsed().as_nanos() as u64 - now.mono_ns;

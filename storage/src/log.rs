@@ -310,10 +310,8 @@ impl<D: Device> Log<D> {
         self.roll()
     }
 
-    /// Starts what the log itself wants: the reads asked for, an empty batch after falling idle, the next segment,
-    /// removals.
+    /// Starts what the log itself wants: an empty batch after falling idle, the next segment, removals.
     pub fn tick(&mut self, now_ns: u64) {
-        self.start_reads();
         if self.poisoned.is_some() {
             return;
         }
@@ -348,7 +346,7 @@ impl<D: Device> Log<D> {
         self.retire_wanted = self.retire_wanted.max(position);
     }
 
-    /// Reads `bytes` from `position` on, or as many as its segment has, with the next [`Log::tick`]; told by
+    /// Reads `bytes` from `position` on, or as many as its segment has, with the next [`Log::start_reads`]; told by
     /// [`LogEvent::Read`].
     pub fn read(&mut self, ticket: u128, position: Lsn, bytes: usize) {
         self.wanted.push(Wanted {
@@ -655,8 +653,8 @@ impl<D: Device> Log<D> {
         }
     }
 
-    /// Neighbours are read in one piece: a backlog is read back in the order in which it was written.
-    fn start_reads(&mut self) {
+    /// Starts the reads asked for. Neighbours are read in one piece: a backlog is read back in the order in which it was written.
+    pub fn start_reads(&mut self) {
         if self.wanted.is_empty() {
             return;
         }

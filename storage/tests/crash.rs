@@ -392,7 +392,7 @@ fn a_record_is_read_back_and_one_that_cannot_be_is_reported_lost() {
     let (position, number) = rig.appended[77];
     let log = rig.log.as_mut().unwrap();
     log.read(7, position, 64);
-    log.tick(rig.now_ns);
+    log.start_reads();
     while log.device().run_one() {}
     let Some(LogEvent::Read {
         ticket: 7,
@@ -408,7 +408,7 @@ fn a_record_is_read_back_and_one_that_cannot_be_is_reported_lost() {
     };
     assert_eq!(clock.next_seq.to_native(), number);
     log.read(8, position, 64);
-    log.tick(rig.now_ns);
+    log.start_reads();
     for _ in 0..3 {
         log.device().fail_next_read();
         log.device().run_one();
