@@ -75,6 +75,7 @@ pub struct State {
 struct Executors {
     out: Outbox,
     functions: Vec<(String, u32)>,
+    leaving: bool,
 }
 
 pub struct Task {
@@ -250,9 +251,7 @@ impl Session {
                 self.knobs.goodbyes.fetch_add(1, Ordering::SeqCst);
                 let mut state = self.state.lock().unwrap();
                 if let Some(executor) = self.executor.and_then(|id| state.executors.get_mut(&id)) {
-                    for function in &mut executor.functions {
-                        function.1 = 0;
-                    }
+                    executor.leaving = true;
                 }
             }
             other => panic!("{other:?} is nothing that a client sends"),
@@ -435,6 +434,7 @@ impl Session {
         let executor = state.executors.entry(identity).or_insert(Executors {
             out,
             functions: Vec::new(),
+            leaving: false,
         });
         executor.out = self.out.clone();
         let first_index = executor.functions.len() as u16;
@@ -504,6 +504,9 @@ impl Session {
 impl State {
     fn dispatch(&mut self) {
         for (&identity, executor) in &mut self.executors {
+            if executor.leaving {
+                continue;
+            }
             for (index, (function, free)) in executor.functions.iter_mut().enumerate() {
                 let Some(waiting) = self.waiting.get_mut(function) else {
                     continue;
