@@ -44,6 +44,7 @@ pub async fn connect(options: &ClientOptions) -> Result<(Sender, Receiver), Erro
     let sender = Sender {
         outbound,
         buffer: BytesMut::new(),
+        frame_bytes: 0,
         next_tag: HELLO_TAG + 1,
         limits,
         held: held.clone(),
@@ -93,6 +94,8 @@ impl Prepared {
 pub struct Sender {
     outbound: Outbound,
     buffer: BytesMut,
+    /// The largest frame so far: what is reserved for the next one, so that it does not grow step by step.
+    frame_bytes: usize,
     next_tag: u64,
     limits: Limits,
     held: Held,
@@ -123,6 +126,7 @@ impl Sender {
     ) -> Result<(u64, usize), Error> {
         let tag = self.next_tag;
         let limit = self.limits.frame_bytes_max;
+        self.buffer.reserve(self.frame_bytes);
         let mut writer = SubmitWriter::begin(&mut self.buffer, tag, flags, functions, limit);
         for task in tasks {
             match writer.push(&task) {
@@ -133,13 +137,14 @@ impl Sender {
         }
         let count = writer.count();
         writer.finish();
+        self.frame_bytes = self.frame_bytes.max(self.buffer.len());
+        self.queue_buffer();
         self.next_tag += 1;
         Ok((tag, count))
     }
 
     /// Hands everything to the connection; waits for it where it has no room.
     pub async fn flush(&mut self) -> Result<(), Error> {
-        self.queue_buffer();
         self.outbound.flush().await
     }
 

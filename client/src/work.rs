@@ -31,6 +31,9 @@ const UNACKED_BYTES_MAX: usize = 64 << 20;
 /// Where an outcome's variable parts begin.
 const OUTCOME_FIXED_BYTES: usize = 40;
 
+/// Room for a result that is reserved ahead.
+const RESULT_BYTES_USUAL: usize = 8;
+
 /// Runs an attempt on the current thread and writes its result into the buffer.
 pub(crate) type InlineHandler =
     Box<dyn FnMut(&ExecuteTask<'_>, &mut Vec<u8>) -> Result<(), TaskError> + Send>;
@@ -126,7 +129,7 @@ impl Work {
     pub(crate) fn on_execute(&mut self, frame: &Frame) -> Result<(), ProtocolError> {
         let tasks = Items::<ExecuteTask<'_>>::parse(frame)?;
         let full = self.closing || self.unacked_bytes > UNACKED_BYTES_MAX;
-        let mut sink = self.outbox.outcomes(&self.limits);
+        let mut sink = self.outbox.outcomes(&self.limits, tasks.len());
         let mut then = Instant::now();
         for task in tasks.iter() {
             let lease = Lease {
@@ -194,7 +197,7 @@ impl Work {
         if self.drained.is_empty() {
             return;
         }
-        let mut sink = self.outbox.outcomes(&self.limits);
+        let mut sink = self.outbox.outcomes(&self.limits, self.drained.len());
         for done in self.drained.drain(..) {
             // An attempt whose lease was lost has been forgotten.
             if self.running.remove(&done.lease).is_some() {
@@ -413,7 +416,7 @@ impl Work {
         if self.held.is_empty() || !self.resuming.is_empty() {
             return;
         }
-        let mut sink = self.outbox.outcomes(&self.limits);
+        let mut sink = self.outbox.outcomes(&self.limits, self.held.len());
         for (_, done) in self.held.drain() {
             sink.push(&done.outcome());
         }
@@ -449,8 +452,11 @@ impl Outbox {
         tag
     }
 
-    fn outcomes(&mut self, limits: &Limits) -> OutcomeSink<'_> {
+    /// Begins an outcome frame for about so many outcomes.
+    fn outcomes(&mut self, limits: &Limits, count: usize) -> OutcomeSink<'_> {
         let tag = self.take_tag();
+        self.buffer
+            .reserve(HEADER_BYTES + count * (OUTCOME_FIXED_BYTES + RESULT_BYTES_USUAL));
         let start = self.buffer.len();
         OutcomeSink {
             writer: ItemWriter::begin(&mut self.buffer, FrameType::Outcome, tag),
