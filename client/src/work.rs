@@ -665,3 +665,191 @@ fn failure(lease: Lease, error: &TaskError) -> TaskOutcome<'_> {
 fn micros(duration: Duration) -> u32 {
     u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pelton_net::frame::FrameReader;
+    use pelton_net::id::{RequestId, Token};
+
+    const LIMITS: Limits = Limits {
+        frame_bytes_max: 100_000,
+        payload_bytes_max: 40_000,
+        in_flight_tasks_max: 1,
+        heartbeat: Duration::from_secs(1),
+    };
+
+    fn frames(bytes: Bytes) -> Vec<Frame> {
+        let mut reader = FrameReader::new(usize::MAX);
+        reader.feed(bytes);
+        let mut frames = Vec::new();
+        while let Some(frame) = reader.next().unwrap() {
+            frames.push(frame);
+        }
+        assert!(reader.at_boundary());
+        frames
+    }
+
+    fn frame<'a, T: pelton_net::item::Item<'a>>(kind: FrameType, tag: u64, items: &[T]) -> Frame {
+        let mut buffer = BytesMut::new();
+        let mut writer = ItemWriter::begin(&mut buffer, kind, tag);
+        for item in items {
+            writer.push(item).unwrap();
+        }
+        writer.finish();
+        frames(buffer.freeze()).remove(0)
+    }
+
+    fn task(id: u128) -> ExecuteTask<'static> {
+        ExecuteTask {
+            request_id: RequestId(id),
+            token: Token {
+                generation: 0,
+                attempt: 1,
+            },
+            function: 0,
+            attempts_max: 1,
+            timeout_ms: 1_000,
+            task_id: None,
+            key: None,
+            content_type: "",
+            traceparent: None,
+            payload: b"",
+        }
+    }
+
+    fn work(handler: Handler) -> Work {
+        let function = Function {
+            name: "f".into(),
+            slots: 10_000,
+            handler,
+        };
+        Work::new(vec![function], LIMITS)
+    }
+
+    fn kinds(frames: &[Frame]) -> Vec<(FrameType, u16)> {
+        frames
+            .iter()
+            .map(|frame| (frame.kind, frame.count))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn a_full_resume_says_that_another_follows() {
+        for held in [0, 5, LEASES_PER_FRAME_MAX, LEASES_PER_FRAME_MAX + 1] {
+            let start = |_, finisher: Finisher| {
+                tokio::spawn(async move {
+                    std::future::pending::<()>().await;
+                    drop(finisher);
+                })
+                .abort_handle()
+            };
+            let mut work = work(Handler::Spawning(Box::new(start)));
+            let tasks: Vec<_> = (0..held).map(|id| task(id as u128)).collect();
+            work.on_execute(&frame(FrameType::Execute, 0, &tasks))
+                .unwrap();
+            work.on_disconnect().unwrap();
+            work.resume(LIMITS);
+            let frames = frames(work.take_bytes());
+            let full = held / LEASES_PER_FRAME_MAX;
+            let rest = (FrameType::Resume, (held % LEASES_PER_FRAME_MAX) as u16);
+            let mut expected = vec![(FrameType::Resume, LEASES_PER_FRAME_MAX as u16); full];
+            expected.push(rest);
+            assert_eq!(kinds(&frames), expected);
+            for (nth, resume) in frames.iter().enumerate() {
+                let verdicts = vec![ResumedLease::Kept; usize::from(resume.count)];
+                let resumed = frame(FrameType::Resumed, resume.tag, &verdicts);
+                let all = work.on_resumed(&resumed).unwrap();
+                assert_eq!(all, nth + 1 == frames.len());
+            }
+        }
+    }
+
+    #[test]
+    fn outcomes_stay_until_they_are_acknowledged() {
+        let inline = |_: &ExecuteTask<'_>, result: &mut Vec<u8>| {
+            result.resize(30_000, 7);
+            Ok(())
+        };
+        let mut work = work(Handler::Inline(Box::new(inline)));
+        let tasks: Vec<_> = (0..7).map(task).collect();
+        work.on_execute(&frame(FrameType::Execute, 0, &tasks))
+            .unwrap();
+        assert!(!work.is_idle(), "written and not yet taken");
+        let sent = frames(work.take_bytes());
+        let outcome = FrameType::Outcome;
+        assert_eq!(kinds(&sent), [(outcome, 3), (outcome, 3), (outcome, 1)]);
+        assert_eq!(
+            work.unacked_bytes,
+            sent.iter().map(|f| f.body.len() + 16).sum::<usize>()
+        );
+
+        // The middle one first, with its second outcome to be presented again.
+        let again = RefusedOutcome {
+            index: 1,
+            code: Code::Unavailable,
+        };
+        work.on_ack(&frame(FrameType::OutcomeAck, sent[1].tag, &[again]))
+            .unwrap();
+        let ack = |tag| frame::<RefusedOutcome>(FrameType::OutcomeAck, tag, &[]);
+        work.on_ack(&ack(sent[0].tag)).unwrap();
+        work.heartbeat();
+        let next = frames(work.take_bytes());
+        assert_eq!(kinds(&next), [(FrameType::Heartbeat, 1), (outcome, 1)]);
+        let item = Items::<TaskOutcome<'_>>::parse(&next[1])
+            .unwrap()
+            .iter()
+            .next()
+            .unwrap();
+        assert_eq!(item.request_id, RequestId(4));
+        assert_eq!(item.result, [7; 30_000]);
+
+        // The rest goes down with the connection and is presented to the next one, which knows one of the two.
+        work.on_disconnect().unwrap();
+        work.resume(LIMITS);
+        work.drain();
+        let resume = frames(work.take_bytes()).remove(0);
+        let leases: Vec<Lease> = Items::parse(&resume).unwrap().iter().collect();
+        assert_eq!(leases.len(), 2);
+        let verdicts: Vec<_> = leases
+            .iter()
+            .map(|lease| match lease.request_id {
+                RequestId(4) => ResumedLease::Known,
+                _ => ResumedLease::Kept,
+            })
+            .collect();
+        let resumed = frame(FrameType::Resumed, resume.tag, &verdicts);
+        assert!(work.on_resumed(&resumed).unwrap());
+        let last = frames(work.take_bytes());
+        assert_eq!(kinds(&last), [(outcome, 1)]);
+        work.on_ack(&ack(last[0].tag)).unwrap();
+        assert!(work.is_idle());
+        assert_eq!(work.unacked_bytes, 0);
+    }
+
+    #[test]
+    fn a_bound_of_unacknowledged_outcomes_turns_tasks_away() {
+        let inline = |_: &ExecuteTask<'_>, result: &mut Vec<u8>| {
+            result.resize(40_000, 7);
+            Ok(())
+        };
+        let mut work = work(Handler::Inline(Box::new(inline)));
+        let mut id = 0;
+        while work.unacked_bytes <= UNACKED_BYTES_MAX {
+            id += 1;
+            work.on_execute(&frame(FrameType::Execute, 0, &[task(id)]))
+                .unwrap();
+            let _ = work.take_bytes();
+        }
+        assert!(id > 1_000);
+        work.on_execute(&frame(FrameType::Execute, 0, &[task(id + 1)]))
+            .unwrap();
+        let rejected = frames(work.take_bytes()).remove(0);
+        let item = Items::<TaskOutcome<'_>>::parse(&rejected)
+            .unwrap()
+            .iter()
+            .next()
+            .unwrap();
+        assert_eq!(item.status, OutcomeStatus::Rejected);
+    }
+}
