@@ -158,6 +158,14 @@ pub(crate) fn put_header(
     out.put_slice(&header(kind, flags, count, tag, body_len));
 }
 
+/// The header of a frame that was encoded before, with another tag: the body can be sent any number of times without
+/// a copy. Panics on what is shorter than a header.
+pub fn retagged_header(frame: &[u8], tag: u64) -> [u8; HEADER_BYTES] {
+    let mut header: [u8; HEADER_BYTES] = field(frame, 0);
+    header[8..16].copy_from_slice(&tag.to_le_bytes());
+    header
+}
+
 /// Starts a frame whose body is not written yet; `end` completes it. Returns the position to hand to `end`.
 pub(crate) fn begin(out: &mut BytesMut, kind: FrameType, flags: u8, tag: u64) -> usize {
     let at = out.len();

@@ -149,6 +149,14 @@ impl<'b> ItemWriter<'b> {
         self.out.len() - self.at - HEADER_BYTES
     }
 
+    /// Completes this frame and begins another of the same type behind it. Returns where in the buffer that one starts.
+    pub fn next_frame(&mut self, tag: u64) -> usize {
+        frame::end(self.out, self.at, self.kind, self.count);
+        self.at = frame::begin(self.out, self.kind, 0, tag);
+        self.count = 0;
+        self.at
+    }
+
     /// Completes the header.
     pub fn finish(mut self) {
         frame::end(self.out, self.at, self.kind, self.count);

@@ -15,3 +15,6 @@ pub mod session;
 pub mod submit;
 
 mod wire;
+
+/// What the protocol shares with the engine: numbered errors, names and numbers of things, bounds.
+pub use pelton_core::{error::Code, id, limits};

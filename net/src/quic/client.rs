@@ -5,6 +5,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig};
@@ -18,7 +19,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::ALPN;
 use super::certificate::fingerprint_of;
 use super::socket::{self, enlarge_buffers};
-use super::transport::{HANDSHAKE_TIMEOUT, Path, Side, transport};
+use super::transport::{HANDSHAKE_TIMEOUT, KEEP_ALIVE, Path, Side, transport};
 
 /// Which server a client takes for the right one.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -95,12 +96,27 @@ pub struct Connector {
 impl Connector {
     /// A connector for servers of the same address family as `server`.
     pub fn new(server: SocketAddr, trust: &Trust) -> Result<Connector, ConnectError> {
+        Connector::with_keep_alive(server, trust, KEEP_ALIVE)
+    }
+
+    /// As `new`; connections without traffic are probed this often.
+    pub fn with_keep_alive(
+        server: SocketAddr,
+        trust: &Trust,
+        keep_alive: Duration,
+    ) -> Result<Connector, ConnectError> {
         let tls = QuicClientConfig::try_from(Arc::new(client_tls(trust)?))
             .expect("the provider has the cipher suite that QUIC starts with");
         let mut loopback = ClientConfig::new(Arc::new(tls));
         let mut network = loopback.clone();
-        loopback.transport_config(Arc::new(transport(Side::Client, Path::Loopback)));
-        network.transport_config(Arc::new(transport(Side::Client, Path::Network)));
+        for (config, path) in [
+            (&mut loopback, Path::Loopback),
+            (&mut network, Path::Network),
+        ] {
+            let mut transport = transport(Side::Client, path);
+            transport.keep_alive_interval(Some(keep_alive));
+            config.transport_config(Arc::new(transport));
+        }
 
         let local: SocketAddr = if server.is_ipv4() {
             (Ipv4Addr::UNSPECIFIED, 0).into()
