@@ -75,6 +75,8 @@ pub(crate) enum Fact {
         request: RequestId,
         token: Token,
         binding: u32,
+        /// The connection over which the order to execute goes out.
+        connection: ConnectionId,
     },
     Ended {
         request: RequestId,
@@ -278,8 +280,9 @@ pub struct Shard {
     pub(crate) queues: Vec<Queue>,
     /// Scheduled and retrying tasks by logged time.
     pub(crate) due: BTreeSet<(u64, u32)>,
-    /// Tasks whose age is not their lane's, by logged time.
-    pub(crate) ages: BTreeSet<(u64, u32)>,
+    /// Tasks whose age is not their lane's, by logged time: slot, and the low half of the running number, by which an
+    /// entry that outlived its task is known.
+    pub(crate) ages: BTreeSet<(u64, u32, u32)>,
 
     // Volatile state.
     pub(crate) robin: Robin,
@@ -397,6 +400,7 @@ impl Shard {
         self.control(inbox, space, effects);
         self.submits(inbox, space, effects);
         self.receive(space, effects);
+        self.carry_wishes(effects);
         self.carry_config(space);
         effects.urgency = self.urgency;
     }
@@ -426,6 +430,7 @@ impl Shard {
                 }
                 edge.executes.clear();
                 edge.acks.clear();
+                edge.cancels.clear();
                 for (_, _, reply) in &mut edge.replies {
                     *reply = crate::event::Reply::Refused {
                         code: Code::Unavailable,
@@ -437,6 +442,7 @@ impl Shard {
                 effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
             }
         }
+        self.refuse_who_waits(effects);
     }
 
     /// Everything before this position is dead and may be recycled.
@@ -446,6 +452,9 @@ impl Shard {
 
     /// When the next timer is due, in monotonic nanoseconds; `None` if nothing is.
     pub fn next_wake_ns(&self) -> Option<u64> {
+        if self.poisoned {
+            return None;
+        }
         let mono = [
             self.parks.first().map(|entry| entry.0),
             self.watch.first().map(|entry| entry.0),

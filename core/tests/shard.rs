@@ -5,8 +5,8 @@ mod rig;
 use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
-    event::{Control, Query, Reply, Start, Target, Verdict},
-    id::{RequestId, Token},
+    event::{Control, Effects, Query, Reply, Start, Target, Verdict},
+    id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
 };
@@ -144,7 +144,7 @@ fn a_lost_executor_is_taken_over_after_one_term_and_its_late_answer_refused() {
     rig.advance(2_000);
     rig.advance(1);
     assert_eq!(rig.state(request), State::Enqueued);
-    let other = pelton_core::id::ConnectionId(3);
+    let other = ConnectionId(3);
     rig.inbox.control.push_back(Control::SessionOpened {
         executor: 78,
         connection: other,
@@ -595,7 +595,7 @@ fn a_failed_log_answers_unavailable() {
     let batch = rig.task(function, "", "", b"x");
     rig.post(batch);
     rig.step(None);
-    let mut effects = pelton_core::event::Effects::default();
+    let mut effects = Effects::default();
     rig.shard.on_poisoned(&mut effects);
     assert_eq!(
         effects.edge(CALLER.edge()).answers[0].code,
@@ -603,4 +603,314 @@ fn a_failed_log_answers_unavailable() {
     );
     let refused = rig.submit(rig.task(function, "", "", b"y"));
     assert_eq!(refused.code, Code::Unavailable);
+}
+
+#[test]
+fn a_wish_is_answered_when_the_last_shard_reports_and_reports_of_others_do_not_count() {
+    let mut rig = Rig::new(Options {
+        shards: 2,
+        segment_bytes: 8 << 20,
+        ..Options::default()
+    });
+    let wish = Wish::EnsureTenant {
+        name: "acme".into(),
+    };
+    rig.inbox.control.push_back(Control::Configure {
+        connection: CALLER,
+        ticket: 1,
+        wish,
+    });
+    rig.settle();
+    for version in [0, 1] {
+        assert!(
+            rig.out.replies.is_empty(),
+            "the other shard has not logged it"
+        );
+        rig.inbox.control.push_back(Control::Applied {
+            shard: ShardId(1),
+            version,
+        });
+        rig.settle();
+    }
+    assert_eq!(
+        rig.out.replies,
+        [(CALLER, 1, Reply::Done { state: None })],
+        "without any further flush"
+    );
+}
+
+#[test]
+fn a_name_given_again_after_its_window_keeps_its_second_window_over_a_restart() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 8 << 20,
+        dedup_window_ms: 1_000,
+        ..Options::default()
+    });
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let first = rig.submit(rig.task(function, "order", "", b"x"));
+    rig.advance(1_500);
+    let second = rig.submit(rig.task(function, "order", "", b"x"));
+    assert!(!second.duplicate && second.request != first.request);
+    rig.restart();
+    rig.advance(500);
+    let third = rig.submit(rig.task(function, "order", "", b"x"));
+    assert_eq!((third.duplicate, third.request), (true, second.request));
+}
+
+/// A delayed task of a key is leased, and another one of the key waits behind it.
+fn delayed_and_leased(rig: &mut Rig, config: FunctionConfig) -> (RequestId, Token, RequestId) {
+    let function = rig.function("acme", "digest", config);
+    let mut delayed = rig.task(function, "", "k", b"1");
+    delayed.tasks[0].start = Start::DelayMs(10_000);
+    let first = rig.submit(delayed).request;
+    rig.lend(function, 4);
+    rig.advance(10_000);
+    let executes = rig.executes();
+    assert_eq!((executes.len(), executes[0].0), (1, first));
+    let second = rig.submit(rig.task(function, "", "k", b"2")).request;
+    assert!(rig.executes().is_empty());
+    (first, executes[0].1, second)
+}
+
+#[test]
+fn a_delayed_task_that_runs_keeps_its_key_over_a_restart() {
+    let mut rig = rig();
+    let (first, token, second) = delayed_and_leased(&mut rig, FunctionConfig::default());
+    rig.restart();
+    let function = rig.shard.directory().function_id(TenantId(0), "digest");
+    rig.lend(function.unwrap(), 4);
+    assert!(rig.executes().is_empty(), "its key is taken");
+    assert_eq!(rig.outcome(first, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(rig.executes()[0].0, second);
+}
+
+#[test]
+fn the_age_of_a_delayed_task_counts_from_when_it_was_due_over_a_restart_too() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        max_age_s: 5,
+        ..FunctionConfig::default()
+    };
+    let (first, token, _) = delayed_and_leased(&mut rig, config);
+    rig.restart();
+    assert_eq!(rig.outcome(first, token, Verdict::Failed, ""), Ok(()));
+    assert_eq!(rig.state(first), State::Retrying);
+    rig.advance(3_000);
+    assert_eq!(rig.state(first), State::Enqueued);
+    rig.advance(3_000);
+    assert_eq!(rig.state(first), State::Expired);
+}
+
+#[test]
+fn a_held_key_of_a_deleted_function_lets_its_tasks_go() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 0,
+        on_failure: OnFailure::Hold,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 1);
+    let first = rig.submit(rig.task(function, "", "k", b"1")).request;
+    let second = rig.submit(rig.task(function, "", "k", b"2")).request;
+    let token = rig.executes()[0].1;
+    assert_eq!(rig.outcome(first, token, Verdict::Failed, ""), Ok(()));
+    rig.advance(10);
+    assert_eq!(rig.state(second), State::Enqueued);
+    rig.configure(Wish::RemoveFunction {
+        tenant: "acme".into(),
+        name: "digest".into(),
+    });
+    rig.advance(10);
+    assert_eq!(rig.state(second), State::Invalid);
+}
+
+#[test]
+fn the_slot_of_an_attempt_that_timed_out_is_free_when_its_executor_comes_back() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 0,
+        timeout_ms: 1_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 1);
+    rig.accept(function, b"1");
+    assert_eq!(rig.executes().len(), 1);
+    rig.advance(2_000);
+    rig.accept(function, b"2");
+    assert!(rig.executes().is_empty(), "the executor has not let go");
+    rig.lend(function, 1);
+    rig.inbox.control.push_back(Control::LeasesPresented {
+        executor: EXECUTOR,
+        connection: WORKER,
+        ticket: 1,
+        leases: vec![],
+    });
+    rig.settle();
+    assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn a_lease_whose_executor_connects_again_before_it_is_durable_is_given_anew() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    rig.post(rig.task(function, "", "", b"x"));
+    rig.step(None);
+    let again = ConnectionId(3);
+    rig.inbox.control.extend([
+        Control::SessionOpened {
+            executor: EXECUTOR,
+            connection: again,
+        },
+        Control::LeasesPresented {
+            executor: EXECUTOR,
+            connection: again,
+            ticket: 1,
+            leases: vec![],
+        },
+        Control::SlotsLent {
+            executor: EXECUTOR,
+            function,
+            index: 0,
+            count: 1,
+        },
+    ]);
+    rig.step(None);
+    rig.settle();
+    let sent: Vec<_> = rig
+        .out
+        .executes
+        .iter()
+        .map(|e| (e.connection, e.token.attempt))
+        .collect();
+    assert_eq!(sent, [(WORKER, 1), (again, 2)]);
+}
+
+#[test]
+fn the_age_of_a_finished_task_does_not_end_the_next_one_in_its_slot() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 8 << 20,
+        finished_max: 1,
+        ..Options::default()
+    });
+    let config = FunctionConfig {
+        max_age_s: 10,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    let delayed = |rig: &mut Rig, delay_ms| {
+        let mut task = rig.task(function, "", "", b"x");
+        task.tasks[0].start = Start::DelayMs(delay_ms);
+        rig.submit(task).request
+    };
+    let stop = |rig: &mut Rig, request| {
+        let target = Target::Request(request);
+        rig.query(Query::Stop { target });
+    };
+    let first = delayed(&mut rig, 8_000);
+    rig.advance(8_000);
+    stop(&mut rig, first);
+    // The second end pushes the first task out of memory, and its slot is used again.
+    let second = rig.accept(function, b"y");
+    stop(&mut rig, second);
+    let third = delayed(&mut rig, 5_000);
+    assert_eq!(third.slot(), first.slot());
+    rig.advance(10_500);
+    assert_eq!(rig.state(third), State::Enqueued, "it is due since 5.5 s");
+    rig.advance(5_000);
+    assert_eq!(rig.state(third), State::Expired);
+}
+
+#[test]
+fn tasks_whose_function_is_defined_later_in_the_log_count_for_their_own_tenant() {
+    let mut rig = rig();
+    let first = rig.function("acme", "digest", FunctionConfig::default());
+    let second = rig.function("umbrella", "digest", FunctionConfig::default());
+    let defined = rig.log.len();
+    rig.lend(first, 1);
+    rig.accept(second, b"1");
+    let request = rig.accept(first, b"2");
+    let token = rig.executes()[0].1;
+    // As when configuration was written anew and the segments before it are gone.
+    rig.log.rotate_left(defined);
+    rig.restart();
+    assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(rig.state(request), State::Succeeded);
+}
+
+#[test]
+fn a_failed_log_refuses_everybody_who_waits() {
+    let mut rig = Rig::new(Options {
+        shards: 2,
+        segment_bytes: 8 << 20,
+        ..Options::default()
+    });
+    for (ticket, name) in [(1, "acme"), (2, "umbrella")] {
+        rig.inbox.control.push_back(Control::Configure {
+            connection: CALLER,
+            ticket,
+            wish: Wish::EnsureFunction {
+                tenant: name.into(),
+                name: "digest".into(),
+            },
+        });
+    }
+    rig.settle();
+    let function = FunctionId(0);
+    let request = rig.accept(function, b"x");
+    let ask = |ticket, query| Control::Query {
+        connection: CALLER,
+        ticket,
+        tenant: TenantId(0),
+        query,
+    };
+    let target = Target::Request(request);
+    let (wait, stop) = (
+        Query::Wait {
+            target: target.clone(),
+        },
+        Query::Stop { target },
+    );
+    rig.inbox.control.push_back(ask(3, wait));
+    rig.inbox.control.push_back(ask(4, stop.clone()));
+    rig.inbox.control.push_back(ask(5, stop));
+    rig.step(None);
+    assert!(rig.out.replies.is_empty());
+    let mut effects = Effects::default();
+    rig.shard.on_poisoned(&mut effects);
+    let mut refused: Vec<u64> = effects.edges[0]
+        .replies
+        .iter()
+        .filter(|(_, _, reply)| matches!(reply, Reply::Refused { code, .. } if *code == Code::Unavailable))
+        .map(|&(_, ticket, _)| ticket)
+        .collect();
+    refused.sort_unstable();
+    assert_eq!(refused, [1, 2, 3, 4, 5]);
+    assert_eq!(rig.shard.next_wake_ns(), None);
+}
+
+#[test]
+fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    assert_eq!(rig.executes().len(), 1);
+    let target = Target::Request(request);
+    rig.query(Query::Stop { target });
+    assert_eq!(rig.state(request), State::Stopping);
+    rig.inbox.control.push_back(Control::SessionOpened {
+        executor: EXECUTOR,
+        connection: ConnectionId(3),
+    });
+    rig.inbox.control.push_back(Control::LeasesPresented {
+        executor: EXECUTOR,
+        connection: ConnectionId(3),
+        ticket: 1,
+        leases: vec![],
+    });
+    rig.settle();
+    assert_eq!(rig.state(request), State::Stopped);
 }

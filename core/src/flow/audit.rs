@@ -10,6 +10,9 @@ use crate::{
 impl Shard {
     /// Panics with the broken rule if the shard contradicts itself.
     pub fn audit(&self) {
+        if self.poisoned {
+            return; // What was on its way to the disk was given up, and nothing is decided any more.
+        }
         let mut in_lists = 0u32;
         let mut walk = |list: &List, what: &str, allowed: &[State]| {
             let (mut slot, mut prev, mut count) = (list.head, NIL, 0);
@@ -59,8 +62,31 @@ impl Shard {
                 );
             }
         }
-        let mut loose = 0;
+        let (mut loose, mut outcomes) = (0, 0u64);
         let mut beyond = alloc::vec![0u32; self.lanes.len()];
+        let mut waiting = alloc::vec![0u64; self.queues.len()];
+        let unsettled = self
+            .sealed
+            .iter()
+            .chain([&self.open])
+            .flat_map(|pending| &pending.facts);
+        for fact in unsettled {
+            match fact {
+                Fact::Accepted(task) if !task.leased => waiting[task.tenant.0 as usize] += 1,
+                Fact::Ended {
+                    request,
+                    state: State::Retrying,
+                    ..
+                } => waiting[self.tenant_of(request.slot().0).0 as usize] += 1,
+                Fact::Accepted(_)
+                | Fact::Ended { .. }
+                | Fact::Leased { .. }
+                | Fact::Moved { .. }
+                | Fact::Config { .. }
+                | Fact::Clock { .. }
+                | Fact::ConfigComplete { .. } => {}
+            }
+        }
         for slot in 0..self.tasks.used() {
             let Some(task) = self.tasks.get(slot) else {
                 continue;
@@ -69,10 +95,10 @@ impl Shard {
                 State::Dequeued | State::Running | State::Stopping => {
                     beyond[task.function.0 as usize] += 1
                 }
-                State::Scheduled
-                | State::Enqueued
-                | State::Retrying
-                | State::Paused
+                State::Scheduled | State::Enqueued | State::Retrying => {
+                    waiting[self.tenant_of(slot).0 as usize] += 1
+                }
+                State::Paused
                 | State::Succeeded
                 | State::Failed
                 | State::Stopped
@@ -80,6 +106,7 @@ impl Shard {
                 | State::Invalid => {}
             }
             loose += u32::from(task.prev == NIL && task.next == NIL);
+            outcomes += u64::from(task.state().terminal() && task.at != 0);
             if matches!(task.state(), State::Scheduled | State::Retrying) {
                 assert!(
                     self.due.contains(&(task.at, slot)),
@@ -102,6 +129,10 @@ impl Shard {
                 in_flight,
                 "credits in use are the tasks beyond Enqueued"
             );
+            assert_eq!(
+                held.waiting, waiting[queue],
+                "waiting tasks of tenant {queue}"
+            );
         }
         for (index, lane) in self.lanes.iter().enumerate() {
             let free: u32 = self
@@ -123,15 +154,62 @@ impl Shard {
             );
         }
         let references: u64 = self.segments.iter().map(|&count| u64::from(count)).sum();
-        let expected = u64::from(self.tasks.live())
-            + self.names.len() as u64
-            + (0..self.tasks.used())
-                .filter_map(|slot| self.tasks.get(slot))
-                .filter(|task| task.state().terminal() && task.at != 0)
-                .count() as u64;
+        let expected = u64::from(self.tasks.live()) + self.names.len() as u64 + outcomes;
         assert_eq!(
             references, expected,
             "segments are kept for what refers to them"
+        );
+    }
+    /// Panics unless nothing is held: no task waits or runs, and every slot, credit, read and byte has come back. For a
+    /// shard whose tasks have all ended and whose executors have all answered.
+    pub fn audit_rest(&self) {
+        for (index, queue) in self.queues.iter().enumerate() {
+            assert_eq!(
+                (queue.pool.in_use(), queue.waiting),
+                (0, 0),
+                "credits and waiting tasks of tenant {index}"
+            );
+        }
+        for (index, lane) in self.lanes.iter().enumerate() {
+            assert_eq!(
+                (
+                    lane.in_flight,
+                    lane.promised,
+                    lane.unsettled,
+                    lane.behind_keys,
+                    lane.waiting.count
+                ),
+                (0, 0, 0, 0, 0),
+                "function {index}: in flight, promised, unsettled, behind keys, waiting"
+            );
+        }
+        for (executor, session) in &self.sessions {
+            assert!(
+                session.overdue.is_empty() || !session.connected,
+                "overdue attempts of executor {executor} are answered"
+            );
+            for &index in &session.bindings {
+                let binding = &self.bindings[index as usize];
+                let overdue = session.overdue.values().filter(|&&other| other == index);
+                assert_eq!(
+                    (binding.used, binding.running.count),
+                    (overdue.count() as u32, 0),
+                    "slots of executor {executor} for function {}: used, running",
+                    binding.function.0
+                );
+            }
+        }
+        assert_eq!(self.orphans.count, 0, "orphans");
+        assert_eq!(self.blobs.bytes(), 0, "bytes of waiting tasks");
+        assert!(self.due.is_empty(), "delayed tasks");
+        assert!(
+            self.pending_names.is_empty() && self.deferred.is_empty(),
+            "pending names and deferred questions"
+        );
+        assert_eq!(
+            self.waiters.len(),
+            self.free_waiters.len(),
+            "callers that wait"
         );
     }
 }

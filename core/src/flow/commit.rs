@@ -28,7 +28,7 @@ impl Shard {
         }
         effects.shards.append(&mut pending.edges.shards);
         self.spare.push(pending);
-        self.after_commit(effects);
+        self.after_commit();
     }
 
     pub(crate) fn apply(
@@ -43,12 +43,18 @@ impl Shard {
                 request,
                 token,
                 binding,
+                connection,
             } => {
                 let Some(slot) = self.tasks.find(request) else {
                     return;
                 };
                 if self.replaying {
+                    if self.tasks[slot].state() == State::Scheduled {
+                        // It was due before it was leased: its age counts from then.
+                        self.own_age(slot);
+                    }
                     self.detach(slot);
+                    self.lead_key(slot);
                     self.adopt_credit(slot);
                 }
                 let now_ms = self.now.mono_ns / 1_000_000;
@@ -59,6 +65,12 @@ impl Shard {
                 task.clear(FLAG_BUSY);
                 self.counters.leased += 1;
                 self.hand_to(slot, binding);
+                let held = self.tasks[slot].holder != NIL;
+                if held && self.executor_of(binding).0 != connection {
+                    // Its executor connected again while the lease was on its way to the disk, and has presented what
+                    // it holds without this one: the order goes to a connection that is gone.
+                    self.release(slot);
+                }
             }
             Fact::Ended {
                 request,
@@ -125,7 +137,8 @@ impl Shard {
                 );
                 self.forget(slot);
             }
-            self.lane_mut(accepted.function, accepted.tenant);
+            // Where the log's beginning is gone, tasks come before the record of their function.
+            self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
             self.queue_mut(accepted.tenant).waiting += 1;
         }
         let mut task = Task::new(
@@ -146,6 +159,10 @@ impl Shard {
                 payload_hash: accepted.payload_hash,
                 segment: segment as u32,
             };
+            if let Some(before) = self.names.remove(accepted.name) {
+                // Its window was over before this one came, which only a replay still sees: see `forgotten_names`.
+                self.dereference(u64::from(before.segment));
+            }
             self.names.insert(accepted.name, name);
             self.name_ages
                 .push((accepted.name, accepted.request.accepted_ms()));
@@ -320,7 +337,8 @@ impl Shard {
         let task = &mut self.tasks[slot];
         task.set_max_age_s(age);
         task.set(FLAG_OWN_AGE);
-        self.ages.insert((from + u64::from(age) * 1_000, slot));
+        let seq = task.request(slot).seq() as u32;
+        self.ages.insert((from + u64::from(age) * 1_000, slot, seq));
     }
 
     /// Ends a task that is in no list: tells its waiters, frees its key, keeps it for queries.
@@ -379,7 +397,8 @@ impl Shard {
         task.clear(FLAG_OWN_AGE);
         let age_ms = u64::from(task.max_age_s()) * 1_000;
         // The entry of a task that was delayed stands elsewhere and goes when it fires: see `timers`.
-        self.ages.remove(&(task.accepted_ms() + age_ms, slot));
+        let seq = task.request(slot).seq() as u32;
+        self.ages.remove(&(task.accepted_ms() + age_ms, slot, seq));
     }
 
     fn tell_waiters(
@@ -432,8 +451,8 @@ impl Shard {
         let index = core::mem::replace(&mut task.key, NIL);
         let was_head = task.has(FLAG_KEY_HEAD);
         task.clear(FLAG_KEY_HEAD);
-        let hold = self.lanes[task.function.0 as usize].config.on_failure
-            == crate::config::OnFailure::Hold;
+        let lane = &self.lanes[task.function.0 as usize];
+        let hold = lane.live && lane.config.on_failure == crate::config::OnFailure::Hold;
         let key = &mut self.keys[index as usize];
         key.members -= 1;
         if was_head {
@@ -461,6 +480,34 @@ impl Shard {
         self.keys[index as usize].successors = successors;
         self.lanes[function.0 as usize].behind_keys -= 1;
         self.enqueue(next, false);
+    }
+
+    /// A replay finds a task leased that is not its key's head: it was delayed, and when it was due is in no record, so
+    /// that a task accepted later took its place. That one goes back to the front of those behind the head.
+    fn lead_key(&mut self, slot: u32) {
+        let task = &self.tasks[slot];
+        if task.key == NIL || task.has(FLAG_KEY_HEAD) {
+            return;
+        }
+        let (index, function) = (task.key as usize, task.function.0 as usize);
+        let rival = core::mem::replace(&mut self.keys[index].head, slot);
+        self.tasks[slot].set(FLAG_KEY_HEAD);
+        if rival == NIL {
+            return;
+        }
+        assert!(
+            self.tasks[rival].state() == State::Enqueued,
+            "a head beyond `Enqueued` keeps others from being leased"
+        );
+        let mut waiting = self.lanes[function].waiting;
+        self.tasks.unlink(&mut waiting, rival);
+        self.lanes[function].waiting = waiting;
+        self.lanes[function].behind_keys += 1;
+        self.tasks[rival].clear(FLAG_KEY_HEAD);
+        let mut successors = self.keys[index].successors;
+        self.tasks.push_front(&mut successors, rival);
+        self.keys[index].successors = successors;
+        self.own_age(rival);
     }
 
     /// Drops a finished task from memory.
@@ -502,8 +549,8 @@ impl Shard {
         *count -= 1;
     }
 
-    /// What follows a commit: segments at the front that nothing refers to are dead, and wishes go on.
-    fn after_commit(&mut self, effects: &mut Effects) {
+    /// What follows a commit: segments at the front that nothing refers to are dead.
+    fn after_commit(&mut self) {
         while self.segments.len() > 1
             && self.segments[0] == 0
             && self.first_segment < self.config_segment
@@ -511,7 +558,6 @@ impl Shard {
             self.segments.pop_front();
             self.first_segment += 1;
         }
-        self.carry_wishes(effects);
     }
 
     pub(crate) fn arm_lane_age(&mut self, function: FunctionId) {

@@ -61,6 +61,7 @@ impl Shard {
             Change::FunctionRemoved { id } => {
                 if let Some(lane) = self.lanes.get_mut(id.0 as usize) {
                     lane.live = false;
+                    self.let_go_held_keys(id);
                     if !self.replaying {
                         self.doom(id);
                     }
@@ -84,7 +85,7 @@ impl Shard {
         }
     }
 
-    /// Shard 0, after a commit: a wish whose changes are in every log is answered, and the next one begins.
+    /// Shard 0: a wish whose changes are in every log is answered, whichever log was the last.
     pub(crate) fn carry_wishes(&mut self, effects: &mut Effects) {
         if let Some(carried) = &self.carried
             && carried.awaited == 0
@@ -154,9 +155,12 @@ impl Shard {
         self.carry_config_forward(space);
     }
 
-    /// Another shard has logged a change of the wish being carried out.
-    pub(crate) fn change_reported(&mut self) {
-        if let Some(carried) = &mut self.carried {
+    /// Another shard has logged a change. One that is not of the wish being carried out was sent to a shard that was
+    /// behind at the start, and nobody waits for it.
+    pub(crate) fn change_reported(&mut self, version: u64) {
+        if let Some(carried) = &mut self.carried
+            && carried.changes.iter().any(|&(known, _)| known == version)
+        {
             carried.awaited -= 1;
         }
     }

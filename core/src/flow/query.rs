@@ -72,7 +72,15 @@ impl Shard {
                 ticket,
                 leases,
             } => {
-                self.leases_presented(executor, connection, ticket, &leases, effects);
+                if space.room() < self.room_to_present(executor) {
+                    return Some(Control::LeasesPresented {
+                        executor,
+                        connection,
+                        ticket,
+                        leases,
+                    });
+                }
+                self.leases_presented(executor, connection, ticket, &leases, space, effects);
             }
             Control::SessionLost {
                 executor,
@@ -106,7 +114,7 @@ impl Shard {
             Control::Apply { version, change } => {
                 return self.append_change(version, change, space);
             }
-            Control::Applied { .. } => self.change_reported(),
+            Control::Applied { version, .. } => self.change_reported(version),
         }
         None
     }
@@ -287,6 +295,47 @@ impl Shard {
         Reply::Page {
             views,
             cursor: if slot < self.tasks.used() { slot } else { 0 },
+        }
+    }
+
+    /// The log has failed: questions and wishes that were taken and not answered are refused, waits included. A wish may
+    /// be carried out nevertheless: its record may have reached the disk.
+    pub(crate) fn refuse_who_waits(&mut self, effects: &mut Effects) {
+        let mut waiting: Vec<(ConnectionId, u64)> = Vec::new();
+        for control in self.deferred.drain(..) {
+            if let Control::Query {
+                connection, ticket, ..
+            } = control
+            {
+                waiting.push((connection, ticket));
+            }
+        }
+        let carried = self.carried.take();
+        waiting.extend(carried.map(|carried| (carried.connection, carried.ticket)));
+        waiting.extend(
+            self.wishes
+                .drain(..)
+                .map(|(connection, ticket, _)| (connection, ticket)),
+        );
+        for slot in 0..self.tasks.used() {
+            let mut at = self.tasks.get(slot).map_or(NIL, |task| task.waiter);
+            while at != NIL {
+                let waiter = self.waiters[at as usize];
+                if waiter.index == u32::MAX {
+                    waiting.push((waiter.connection, waiter.ticket));
+                }
+                at = waiter.next;
+            }
+        }
+        for (connection, ticket) in waiting {
+            let reply = Reply::Refused {
+                code: Code::Unavailable,
+                what: LOG_FAILED,
+            };
+            effects
+                .edge(connection.edge())
+                .replies
+                .push((connection, ticket, reply));
         }
     }
 
