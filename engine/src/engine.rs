@@ -323,7 +323,7 @@ fn run_shard(setup: Setup, placement: Placement, opened: &std::sync::mpsc::Sende
             Ok((shard, report)) => {
                 let directory = shard.directory().clone();
                 if opened.send(Ok((me, report, directory))).is_ok() {
-                    shard.run().await;
+                    shard.run();
                 }
             }
             Err(error) => {

@@ -152,7 +152,7 @@ impl ShardLoop {
     }
 
     /// Serves until the engine stops it; then flushes and closes the log.
-    pub(crate) async fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
@@ -162,14 +162,11 @@ impl ShardLoop {
             if inbox.stop.load(Relaxed) && !worked && self.is_drained() {
                 break;
             }
-            if self.log.device().has_background() {
-                glommio::executor().yield_task_queue_now().await;
-            }
             if !worked {
                 self.sleep(now, inbox);
             }
         }
-        self.close().await;
+        self.close();
         drop(gone);
     }
 
@@ -489,6 +486,10 @@ impl ShardLoop {
 
     /// Sleeps until something comes in, a commit ends, or the next timer is due.
     fn sleep(&mut self, now: Now, inbox: &ShardInbox) {
+        // An operation may have ended while another was being taken.
+        if self.log.device().has_completed() {
+            return;
+        }
         if !self.spin.is_zero() && self.spun_into_work(inbox) {
             return;
         }
@@ -510,7 +511,7 @@ impl ShardLoop {
             Duration::from_nanos(wake.saturating_sub(at)).min(SLEEP_MAX)
         });
         self.stats.parks += 1;
-        self.log.device().wait(Some(timeout));
+        self.log.device().wait(timeout);
         inbox.unpark();
     }
 
@@ -542,21 +543,17 @@ impl ShardLoop {
     }
 
     /// Writes the closing batch, so that the next start knows that nothing is missing.
-    async fn close(mut self) {
+    fn close(mut self) {
         if !self.poisoned && self.log.can_seal() {
             self.log.close();
         }
         loop {
             let now = self.now();
             self.hear_log(now);
-            let waiting = !self.log.is_quiet() || self.log.device().has_background();
-            if !waiting || self.poisoned && !self.log.device().has_background() {
+            if self.log.is_quiet() || self.poisoned {
                 break;
             }
-            if self.log.device().has_background() {
-                glommio::executor().yield_task_queue_now().await;
-            }
-            self.log.device().wait(Some(Duration::from_millis(10)));
+            self.log.device().wait(Duration::from_millis(10));
         }
         self.flush_pending();
     }

@@ -79,7 +79,7 @@ fn a_task_goes_in_is_executed_and_its_result_comes_out_also_after_a_restart() {
                 .wait("acme", &format!("upper/n{n}"), 20 * SECOND)
                 .unwrap();
             assert_eq!(task.view.state, State::Succeeded);
-            assert_eq!(task.result, format!("TASK {n}").as_bytes());
+            assert_eq!(task.result, format!("TASK {n}").as_bytes(), "{task:?}");
         }
         assert!(engine.close(10 * SECOND).complete);
         drop(engine);

@@ -1,29 +1,21 @@
-//! The real device. The commit path is a ring of its own: one linked write and flush at a time from registered
-//! buffers, and the bell of the shard's inboxes beside it, so that one wait covers both. Everything else runs as
-//! glommio tasks on direct-I/O files in a task queue with fewer shares.
-//!
-//! A thread that waits in this ring does not run glommio. [`RingDevice::wait`] therefore waits only briefly while
-//! background work is in flight, and the caller yields to glommio in between; no wake-up depends on the other side.
+//! The real device: one io_uring ring for everything that a shard's log does. A commit is a linked write and flush
+//! from registered buffers; filling, reading back and what concerns names run beside it; and the bell of the shard's
+//! inboxes is read there too, so that one wait covers all of it and no wake-up depends on a second loop.
+//! `docs/decisions/0001-one-ring.md` has what was measured.
 
 use std::{
-    cell::{Cell, RefCell},
     collections::VecDeque,
+    ffi::CString,
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, RawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::fs::{FileExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
-    rc::Rc,
     time::Duration,
 };
 
-use glommio::{
-    Latency, Shares, TaskQueueHandle, executor,
-    io::{DmaFile, OpenOptions},
-    spawn_local_into,
-};
 use io_uring::{IoUring, opcode, squeue, types};
 use pelton_core::limits::BATCH_BYTES_MAX;
 
@@ -34,22 +26,14 @@ use crate::{
     segment::FILL_PIECE_BYTES,
 };
 
-const RING_ENTRIES: u32 = 16;
+const RING_ENTRIES: u32 = 64;
+/// Operations beside the commit that the ring holds at once; more wait their turn.
+const BESIDE_MAX: usize = 32;
 const USER_WRITE: u64 = 1;
 const USER_FLUSH: u64 = 2;
 const USER_BELL: u64 = 3;
-
-/// The longest wait in the commit ring while glommio has work.
-const WAIT_WITH_BACKGROUND: Duration = Duration::from_micros(50);
-/// Shares of the background's task queue; the shard's own has 1,000.
-const BACKGROUND_SHARES: usize = 100;
-
-#[derive(Clone)]
-struct OpenFile {
-    file: Rc<File>,
-    /// The same file for glommio, opened when the background first needs it.
-    dma: Rc<RefCell<Option<Rc<DmaFile>>>>,
-}
+/// From here on: the place of an operation beside the commit.
+const USER_BESIDE: u64 = 16;
 
 struct Commit {
     tag: Tag,
@@ -58,23 +42,34 @@ struct Commit {
     error: Option<DeviceError>,
 }
 
-type Finished = Rc<RefCell<VecDeque<(Tag, Result<Output, DeviceError>)>>>;
+/// An operation beside the commit, with everything that the kernel may still touch.
+struct Beside {
+    tag: Tag,
+    op: DeviceOp,
+    block: Block,
+    names: [CString; 2],
+    /// The file of a creation, once it is open and its space is being reserved.
+    created: Option<OwnedFd>,
+}
 
-/// The device of one shard's log. Made and used on the shard's thread only, inside a glommio executor.
+/// The device of one shard's log. Made and used on the shard's thread only.
 pub struct RingDevice {
     directory: PathBuf,
-    directory_file: Rc<File>,
+    directory_file: File,
     ring: IoUring,
     bell: RawFd,
     bell_count: Box<u64>,
     bell_armed: bool,
     buffers: Vec<Block>,
     registered: bool,
-    files: Rc<RefCell<Vec<Option<OpenFile>>>>,
-    finished: Finished,
-    background: Rc<Cell<u32>>,
-    queue: TaskQueueHandle,
+    zeroes: Block,
+    files: Vec<Option<File>>,
+    finished: VecDeque<(Tag, Result<Output, DeviceError>)>,
     commit: Option<Commit>,
+    beside: Vec<Option<Box<Beside>>>,
+    waiting: VecDeque<(Tag, DeviceOp)>,
+    /// Entries pushed that the kernel has not been told of.
+    unsubmitted: bool,
 }
 
 impl RingDevice {
@@ -101,25 +96,22 @@ impl RingDevice {
             .collect();
         // SAFETY: the buffers' memory never moves and lives as long as the ring, which is dropped before them.
         let registered = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
-        let queue = executor().create_task_queue(
-            Shares::Static(BACKGROUND_SHARES),
-            Latency::NotImportant,
-            "background",
-        );
         Ok(RingDevice {
             directory: directory.to_owned(),
-            directory_file: Rc::new(directory_file),
+            directory_file,
             ring,
             bell,
             bell_count: Box::new(0),
             bell_armed: false,
             buffers,
             registered,
-            files: Rc::default(),
-            finished: Rc::default(),
-            background: Rc::default(),
-            queue,
+            zeroes: Block::new(FILL_PIECE_BYTES),
+            files: Vec::new(),
+            finished: VecDeque::new(),
             commit: None,
+            beside: (0..BESIDE_MAX).map(|_| None).collect(),
+            waiting: VecDeque::new(),
+            unsubmitted: false,
         })
     }
 
@@ -128,18 +120,13 @@ impl RingDevice {
         self.registered
     }
 
-    /// True while glommio has work of this device, so that the caller must yield to it.
-    pub fn has_background(&self) -> bool {
-        self.background.get() > 0
-    }
-
     /// True if an operation has ended that [`Device::completed`] has not told yet.
     pub fn has_completed(&self) -> bool {
-        !self.finished.borrow().is_empty()
+        !self.finished.is_empty()
     }
 
-    /// Waits until the bell rings, the commit ends, or `timeout` is over; with background work at most a moment.
-    pub fn wait(&mut self, timeout: Option<Duration>) {
+    /// Waits until the bell rings, an operation ends, or `timeout` is over.
+    pub fn wait(&mut self, timeout: Duration) {
         if !self.bell_armed {
             let read = opcode::Read::new(
                 types::Fd(self.bell),
@@ -149,19 +136,10 @@ impl RingDevice {
             self.push(&read.build().user_data(USER_BELL));
             self.bell_armed = true;
         }
-        let timeout = if self.has_background() {
-            Some(timeout.map_or(WAIT_WITH_BACKGROUND, |t| t.min(WAIT_WITH_BACKGROUND)))
-        } else {
-            timeout
-        };
-        let waited = match timeout {
-            Some(timeout) => {
-                let time = types::Timespec::from(timeout);
-                let arguments = types::SubmitArgs::new().timespec(&time);
-                self.ring.submitter().submit_with_args(1, &arguments)
-            }
-            None => self.ring.submit_and_wait(1),
-        };
+        let time = types::Timespec::from(timeout);
+        let arguments = types::SubmitArgs::new().timespec(&time);
+        let waited = self.ring.submitter().submit_with_args(1, &arguments);
+        self.unsubmitted = false;
         match waited {
             Ok(_) => {}
             Err(error)
@@ -176,6 +154,7 @@ impl RingDevice {
 
     /// Takes what has completed without waiting.
     pub fn reap(&mut self) {
+        self.submit();
         if self.ring.submission().taskrun() {
             // Completions are posted only by an enter that asks for events.
             const GETEVENTS: u32 = 1;
@@ -223,9 +202,28 @@ impl RingDevice {
                     None if result < 0 => Err(system_error("flush", &self.directory, -result)),
                     None => Ok(Output::Done),
                 };
-                self.finished.borrow_mut().push_back((commit.tag, result));
+                self.finished.push_back((commit.tag, result));
             }
-            other => unreachable!("nothing is submitted as {other}"),
+            beside => self.on_beside((beside - USER_BESIDE) as usize, result),
+        }
+    }
+
+    /// Tells the kernel what was pushed since.
+    fn submit(&mut self) {
+        if std::mem::take(&mut self.unsubmitted) {
+            match self.ring.submit() {
+                Ok(_) => {}
+                // What was not taken is taken with the next call.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                    ) =>
+                {
+                    self.unsubmitted = true;
+                }
+                Err(error) => panic!("io_uring_enter: {error}"),
+            }
         }
     }
 
@@ -233,6 +231,7 @@ impl RingDevice {
         // SAFETY: what the entry points to, a buffer of this device or its bell counter, lives as long as the ring.
         let pushed = unsafe { self.ring.submission().push(entry) };
         pushed.expect("the ring is larger than what is in flight");
+        self.unsubmitted = true;
     }
 
     fn start_commit(&mut self, tag: Tag, file: FileId, offset: u64, buffer: usize, bytes: usize) {
@@ -258,147 +257,178 @@ impl RingDevice {
             bytes,
             error: None,
         });
-        match self.ring.submit() {
-            Ok(_) => {}
-            Err(error) => panic!("io_uring_enter: {error}"),
-        }
+        self.submit();
     }
 
-    fn file(&self, file: FileId) -> Rc<File> {
-        let files = self.files.borrow();
-        let open = files[file.0 as usize].as_ref();
-        Rc::clone(&open.expect("a file is used until it is closed").file)
-    }
-
-    fn keep(files: &RefCell<Vec<Option<OpenFile>>>, file: File) -> FileId {
-        let mut files = files.borrow_mut();
-        files.push(Some(OpenFile {
-            file: Rc::new(file),
-            dma: Rc::default(),
-        }));
-        FileId(files.len() as u32 - 1)
-    }
-}
-
-/// One background operation, by glommio where it reads or writes, on its pool of blocking threads where it cannot.
-async fn perform_in_background(
-    op: DeviceOp,
-    directory: PathBuf,
-    directory_file: Rc<File>,
-    files: Rc<RefCell<Vec<Option<OpenFile>>>>,
-) -> Result<Output, DeviceError> {
-    let opened = |id: FileId| {
-        let files = files.borrow();
-        let open = files[id.0 as usize].as_ref();
-        open.expect("a file is used until it is closed").clone()
-    };
-    match op {
-        DeviceOp::Read {
-            file,
-            offset,
-            bytes,
-        } => {
-            let dma = dma_file(opened(file), &directory).await?;
-            let read = dma
-                .read_at(offset, bytes)
-                .await
-                .map_err(|error| glommio_failed("read", &directory, error))?;
-            let mut block = Block::new(read.len());
-            block.copy_from_slice(&read);
-            Ok(Output::Bytes(block))
+    /// Starts an operation beside the commit, or has it wait for a place.
+    fn start_beside(&mut self, tag: Tag, op: DeviceOp) {
+        if let DeviceOp::Close { file } = op {
+            self.files[file.0 as usize] = None;
+            self.finished.push_back((tag, Ok(Output::Done)));
+            return;
         }
-        DeviceOp::Write { file, offset, data } => {
-            let dma = dma_file(opened(file), &directory).await?;
-            let mut buffer = dma.alloc_dma_buffer(data.len());
-            buffer.as_mut().copy_from_slice(&data);
-            write_whole(&dma, buffer, offset, &directory).await
-        }
-        DeviceOp::Zero {
-            file,
-            offset,
-            bytes,
-        } => {
-            let dma = dma_file(opened(file), &directory).await?;
-            let mut buffer = dma.alloc_dma_buffer(bytes);
-            buffer.as_mut().fill(0);
-            write_whole(&dma, buffer, offset, &directory).await
-        }
-        DeviceOp::Flush { file } => {
-            let dma = dma_file(opened(file), &directory).await?;
-            dma.fdatasync()
-                .await
-                .map_err(|error| glommio_failed("flush", &directory, error))?;
-            Ok(Output::Done)
-        }
-        DeviceOp::Close { file } => {
-            let open = files.borrow_mut()[file.0 as usize].take();
-            let dma = open.and_then(|open| open.dma.borrow_mut().take());
-            if let Some(dma) = dma {
-                dma.close_rc()
-                    .await
-                    .map_err(|error| glommio_failed("close", &directory, error))?;
+        let Some(place) = self.beside.iter().position(Option::is_none) else {
+            self.waiting.push_back((tag, op));
+            return;
+        };
+        let name = |name: &str| CString::new(name).expect("names of the log have no zero byte");
+        let none = CString::default;
+        let (block, names) = match &op {
+            DeviceOp::Read { bytes, .. } => (Block::new(*bytes), [none(), none()]),
+            DeviceOp::Write { data, .. } => {
+                let mut block = Block::new(data.len());
+                block.copy_from_slice(data);
+                (block, [none(), none()])
             }
-            Ok(Output::Done)
-        }
-        DeviceOp::Create { .. }
-        | DeviceOp::Rename { .. }
-        | DeviceOp::Remove { .. }
-        | DeviceOp::FlushDirectory
-        | DeviceOp::List
-        | DeviceOp::Open { .. } => {
-            let directory_fd = directory_file.try_clone();
-            let directory_fd =
-                directory_fd.map_err(|error| failed("duplicate", &directory, &error))?;
-            let done = executor()
-                .spawn_blocking(move || names_op(op, &directory, &directory_fd))
-                .await?;
-            Ok(match done {
-                NamesOutput::Done => Output::Done,
-                NamesOutput::Names(names) => Output::Names(names),
-                NamesOutput::File(file, bytes) => {
-                    Output::File(RingDevice::keep(&files, file), bytes)
+            DeviceOp::Create { name: made, .. } => (Block::new(0), [name(made), none()]),
+            DeviceOp::Remove { name: removed } => (Block::new(0), [name(removed), none()]),
+            DeviceOp::Rename { from, to } => (Block::new(0), [name(from), name(to)]),
+            DeviceOp::Zero { bytes, .. } => {
+                assert!(*bytes <= self.zeroes.len());
+                (Block::new(0), [none(), none()])
+            }
+            DeviceOp::Flush { .. } | DeviceOp::FlushDirectory => (Block::new(0), [none(), none()]),
+            DeviceOp::List
+            | DeviceOp::Open { .. }
+            | DeviceOp::Commit { .. }
+            | DeviceOp::Close { .. } => unreachable!("{op:?} is not started beside a commit"),
+        };
+        let mut beside = Box::new(Beside {
+            tag,
+            op,
+            block,
+            names,
+            created: None,
+        });
+        let entry = self
+            .entry_of(&mut beside)
+            .user_data(USER_BESIDE + place as u64);
+        self.beside[place] = Some(beside);
+        self.push(&entry);
+    }
+
+    /// What is asked of the kernel. The entry points into the operation, which stays in its place until it has ended.
+    fn entry_of(&self, beside: &mut Beside) -> squeue::Entry {
+        let directory = types::Fd(self.directory_file.as_raw_fd());
+        let fd = |file: FileId| {
+            let file = self.files[file.0 as usize].as_ref();
+            types::Fd(file.expect("a file is used until it is closed").as_raw_fd())
+        };
+        let [first, second] = &beside.names;
+        match beside.op {
+            DeviceOp::Read {
+                file,
+                offset,
+                bytes,
+            } => opcode::Read::new(fd(file), beside.block.as_mut_ptr(), bytes as u32)
+                .offset(offset)
+                .build(),
+            DeviceOp::Write { file, offset, .. } => {
+                let bytes = beside.block.len() as u32;
+                opcode::Write::new(fd(file), beside.block.as_ptr(), bytes)
+                    .offset(offset)
+                    .build()
+            }
+            DeviceOp::Zero {
+                file,
+                offset,
+                bytes,
+            } => opcode::Write::new(fd(file), self.zeroes.as_ptr(), bytes as u32)
+                .offset(offset)
+                .build(),
+            DeviceOp::Flush { file } => opcode::Fsync::new(fd(file))
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            DeviceOp::FlushDirectory => opcode::Fsync::new(directory).build(),
+            DeviceOp::Create { bytes, .. } => match &beside.created {
+                None => opcode::OpenAt::new(directory, first.as_ptr())
+                    .flags(
+                        libc::O_RDWR
+                            | libc::O_CREAT
+                            | libc::O_EXCL
+                            | libc::O_DIRECT
+                            | libc::O_CLOEXEC,
+                    )
+                    .mode(0o600)
+                    .build(),
+                Some(created) => {
+                    opcode::Fallocate::new(types::Fd(created.as_raw_fd()), bytes).build()
                 }
-            })
+            },
+            DeviceOp::Remove { .. } => opcode::UnlinkAt::new(directory, first.as_ptr()).build(),
+            DeviceOp::Rename { .. } => {
+                opcode::RenameAt::new(directory, first.as_ptr(), directory, second.as_ptr()).build()
+            }
+            DeviceOp::List
+            | DeviceOp::Open { .. }
+            | DeviceOp::Commit { .. }
+            | DeviceOp::Close { .. } => unreachable!("refused by start_beside"),
         }
-        DeviceOp::Commit { .. } => unreachable!("commits have a ring of their own"),
     }
-}
 
-async fn dma_file(open: OpenFile, directory: &Path) -> Result<Rc<DmaFile>, DeviceError> {
-    let OpenFile { file, dma } = open;
-    if let Some(dma) = &*dma.borrow() {
-        return Ok(Rc::clone(dma));
+    fn on_beside(&mut self, place: usize, result: i32) {
+        let mut beside = self.beside[place].take().expect("it was in flight");
+        let failure = (result < 0).then(|| {
+            let what = match &beside.op {
+                DeviceOp::Read { .. } => "read",
+                DeviceOp::Flush { .. } | DeviceOp::FlushDirectory => "flush",
+                DeviceOp::Create { .. } => "create",
+                DeviceOp::Remove { .. } => "remove",
+                DeviceOp::Rename { .. } => "rename",
+                _ => "write",
+            };
+            system_error(what, &self.directory, -result)
+        });
+        let wanted = match &beside.op {
+            DeviceOp::Write { data, .. } => data.len(),
+            DeviceOp::Zero { bytes, .. } => *bytes,
+            _ => 0,
+        };
+        let outcome = match (failure, &beside.op) {
+            (Some(failure), _) => Err(failure),
+            (None, DeviceOp::Read { .. }) => {
+                beside.block.truncate(result as usize);
+                let block = std::mem::replace(&mut beside.block, Block::new(0));
+                Ok(Output::Bytes(block))
+            }
+            (None, DeviceOp::Create { bytes, .. }) => match beside.created.take() {
+                None => {
+                    // SAFETY: the kernel has just opened the descriptor for this operation, and nobody else knows it.
+                    beside.created = Some(unsafe { OwnedFd::from_raw_fd(result) });
+                    let entry = self.entry_of(&mut beside);
+                    let entry = entry.user_data(USER_BESIDE + place as u64);
+                    self.beside[place] = Some(beside);
+                    self.push(&entry);
+                    return;
+                }
+                Some(created) => {
+                    let bytes = *bytes;
+                    Ok(Output::File(self.keep(File::from(created)), bytes))
+                }
+            },
+            (None, _) if wanted > 0 && result as usize != wanted => Err(DeviceError {
+                kind: DeviceErrorKind::Short,
+                what: format!(
+                    "write to {}: {result} of {wanted} bytes",
+                    self.directory.display()
+                ),
+            }),
+            (None, _) => Ok(Output::Done),
+        };
+        self.finished.push_back((beside.tag, outcome));
+        if let Some((tag, op)) = self.waiting.pop_front() {
+            self.start_beside(tag, op);
+        }
     }
-    // Through /proc, so that a file that was renamed or removed meanwhile is still the same one.
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .dma_open(path)
-        .await
-        .map_err(|error| glommio_failed("open", directory, error))?;
-    let opened = Rc::new(opened);
-    // Another operation may have opened it meanwhile; then this handle is closed when it is dropped.
-    Ok(Rc::clone(dma.borrow_mut().get_or_insert(opened)))
-}
 
-async fn write_whole(
-    dma: &DmaFile,
-    buffer: glommio::io::DmaBuffer,
-    offset: u64,
-    directory: &Path,
-) -> Result<Output, DeviceError> {
-    let bytes = buffer.as_ref().len();
-    match dma.write_at(buffer, offset).await {
-        Ok(written) if written == bytes => Ok(Output::Done),
-        Ok(written) => Err(DeviceError {
-            kind: DeviceErrorKind::Short,
-            what: format!(
-                "write to {}: {written} of {bytes} bytes",
-                directory.display()
-            ),
-        }),
-        Err(error) => Err(glommio_failed("write", directory, error)),
+    fn file(&self, file: FileId) -> &File {
+        let file = self.files[file.0 as usize].as_ref();
+        file.expect("a file is used until it is closed")
+    }
+
+    fn keep(&mut self, file: File) -> FileId {
+        self.files.push(Some(file));
+        FileId(self.files.len() as u32 - 1)
     }
 }
 
@@ -486,13 +516,14 @@ fn direct() -> std::fs::OpenOptions {
 
 impl Device for RingDevice {
     fn perform(&mut self, op: DeviceOp) -> Result<Output, DeviceError> {
+        let path = &self.directory;
         let write = |file: &File, bytes: &[u8], offset: u64| {
             file.write_all_at(bytes, offset)
-                .map_err(|error| failed("write", &self.directory, &error))
+                .map_err(|error| failed("write", path, &error))
         };
         let flush = |file: &File| {
             file.sync_data()
-                .map_err(|error| failed("flush", &self.directory, &error))
+                .map_err(|error| failed("flush", path, &error))
         };
         match op {
             DeviceOp::Read {
@@ -517,7 +548,7 @@ impl Device for RingDevice {
             DeviceOp::Write { file, offset, data } => {
                 let mut block = Block::new(data.len());
                 block.copy_from_slice(&data);
-                write(&self.file(file), &block, offset)?;
+                write(self.file(file), &block, offset)?;
                 Ok(Output::Done)
             }
             DeviceOp::Zero {
@@ -525,11 +556,11 @@ impl Device for RingDevice {
                 offset,
                 bytes,
             } => {
-                write(&self.file(file), &Block::new(bytes), offset)?;
+                write(self.file(file), &Block::new(bytes), offset)?;
                 Ok(Output::Done)
             }
             DeviceOp::Flush { file } => {
-                flush(&self.file(file))?;
+                flush(self.file(file))?;
                 Ok(Output::Done)
             }
             DeviceOp::Commit {
@@ -539,12 +570,12 @@ impl Device for RingDevice {
                 bytes,
             } => {
                 let file = self.file(file);
-                write(&file, &self.buffers[buffer][..bytes], offset)?;
-                flush(&file)?;
+                write(file, &self.buffers[buffer][..bytes], offset)?;
+                flush(file)?;
                 Ok(Output::Done)
             }
             DeviceOp::Close { file } => {
-                self.files.borrow_mut()[file.0 as usize] = None;
+                self.files[file.0 as usize] = None;
                 Ok(Output::Done)
             }
             DeviceOp::List
@@ -556,9 +587,7 @@ impl Device for RingDevice {
                 Ok(match names_op(op, &self.directory, &self.directory_file)? {
                     NamesOutput::Done => Output::Done,
                     NamesOutput::Names(names) => Output::Names(names),
-                    NamesOutput::File(file, bytes) => {
-                        Output::File(RingDevice::keep(&self.files, file), bytes)
-                    }
+                    NamesOutput::File(file, bytes) => Output::File(self.keep(file), bytes),
                 })
             }
         }
@@ -579,30 +608,14 @@ impl Device for RingDevice {
             self.start_commit(tag, file, offset, buffer, bytes);
             return;
         }
-        let finished = Rc::clone(&self.finished);
-        let background = Rc::clone(&self.background);
-        background.set(background.get() + 1);
-        let work = perform_in_background(
-            op,
-            self.directory.clone(),
-            Rc::clone(&self.directory_file),
-            Rc::clone(&self.files),
-        );
-        let task = async move {
-            let result = work.await;
-            finished.borrow_mut().push_back((tag, result));
-            background.set(background.get() - 1);
-        };
-        spawn_local_into(task, self.queue)
-            .expect("the queue lives as long as the executor")
-            .detach();
+        self.start_beside(tag, op);
     }
 
     fn completed(&mut self) -> Option<(Tag, Result<Output, DeviceError>)> {
-        if self.commit.is_some() {
+        if self.finished.is_empty() {
             self.reap();
         }
-        self.finished.borrow_mut().pop_front()
+        self.finished.pop_front()
     }
 
     fn random(&mut self) -> u128 {
@@ -620,8 +633,11 @@ impl Drop for RingDevice {
             // SAFETY: the bell is open, and the eight bytes are there.
             unsafe { libc::write(self.bell, one.as_ptr().cast(), one.len()) };
         }
-        while self.commit.is_some() || self.bell_armed {
-            let _ = self.ring.submit_and_wait(1);
+        self.waiting.clear();
+        while self.commit.is_some() || self.bell_armed || self.beside.iter().any(Option::is_some) {
+            if self.ring.submit_and_wait(1).is_err() {
+                std::thread::yield_now();
+            }
             self.reap();
         }
     }
@@ -643,10 +659,6 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> DeviceError {
 
 fn system_error(what: &str, path: &Path, number: i32) -> DeviceError {
     failed(what, path, &io::Error::from_raw_os_error(number))
-}
-
-fn glommio_failed(what: &str, path: &Path, error: glommio::GlommioError<()>) -> DeviceError {
-    failed(what, path, &io::Error::from(error))
 }
 
 const _: () = assert!(FILL_PIECE_BYTES.is_multiple_of(BLOCK_BYTES));
