@@ -30,6 +30,19 @@ pub enum Trust {
     CaFile(PathBuf),
 }
 
+impl fmt::Display for Trust {
+    /// What [`Trust::parse`] reads.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trust::Fingerprint(bytes) => {
+                f.write_str("sha256:")?;
+                bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+            Trust::CaFile(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
 impl Trust {
     /// Reads `sha256:` and 64 hex digits as a fingerprint, anything else as the path of a CA file. `None` for a
     /// fingerprint that is none.

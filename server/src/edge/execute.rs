@@ -13,9 +13,7 @@ use pelton_core::{
 use pelton_engine::slots::Lender;
 use pelton_net::{
     error::ProtocolError,
-    execute::{
-        ExecuteTask, OutcomeStatus, Register, Registered, ResumedLease, TaskOutcome,
-    },
+    execute::{ExecuteTask, OutcomeStatus, Register, Registered, ResumedLease, TaskOutcome},
     frame::{Frame, FrameType, LEASES_PER_FRAME_MAX, REGISTER_FUNCTIONS_MAX},
     item::Items,
     session::{ErrorFrame, Lease},
@@ -225,11 +223,7 @@ impl Session {
     }
 
     /// Sends tasks to the executor; their leases are durable.
-    pub(crate) fn execute<'a>(
-        &self,
-        shard: ShardId,
-        items: impl Iterator<Item = ExecuteTask<'a>>,
-    ) {
+    pub(crate) fn execute<'a>(&self, shard: ShardId, items: impl Iterator<Item = ExecuteTask<'a>>) {
         if !self.several_shards {
             self.write(|out| write_items(out, FrameType::Execute, 0, items));
             return;
@@ -297,7 +291,11 @@ impl Session {
             let outcomes = items
                 .iter()
                 .map(|item| {
-                    let spans = (span(item.error.as_bytes()), span(item.output), span(item.result));
+                    let spans = (
+                        span(item.error.as_bytes()),
+                        span(item.output),
+                        span(item.result),
+                    );
                     outcome(&item, spans)
                 })
                 .collect();
@@ -366,10 +364,8 @@ impl Session {
         frame: &Frame,
     ) -> Result<(), ProtocolError> {
         let items = Items::<Lease>::parse(frame)?;
-        let (Some(executor), true) = (
-            self.executor,
-            self.executing.functions.borrow().is_empty(),
-        ) else {
+        let (Some(executor), true) = (self.executor, self.executing.functions.borrow().is_empty())
+        else {
             self.write(|out| {
                 ErrorFrame::new(
                     Code::FailedPrecondition,
@@ -388,8 +384,11 @@ impl Session {
             return Ok(());
         }
         let frames = self.executing.presented.take();
-        let presented: Vec<(RequestId, Token)> =
-            frames.iter().flat_map(|(_, leases)| leases).copied().collect();
+        let presented: Vec<(RequestId, Token)> = frames
+            .iter()
+            .flat_map(|(_, leases)| leases)
+            .copied()
+            .collect();
         let mut kept: Vec<(RequestId, Token)> = Vec::new();
         for shard in hub.edge.shards() {
             let leases: Vec<_> = hub.edge.with_routes(|routes| {

@@ -25,9 +25,7 @@ use pelton_net::{
     frame::FrameType,
     item::{Full, Item, ItemWriter},
     session::Lease,
-    submit::{
-        ANSWER_DUPLICATE, ANSWER_DURABLE, AnswerWriter, Finished, TaskAnswer, TaskStatus,
-    },
+    submit::{ANSWER_DUPLICATE, ANSWER_DURABLE, AnswerWriter, Finished, TaskAnswer, TaskStatus},
 };
 use tokio::sync::{Notify, oneshot};
 
@@ -84,12 +82,7 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
-    pub(crate) fn new(
-        edge: Edge,
-        keys: Arc<Keys>,
-        settings: EdgeSettings,
-        engine: &Engine,
-    ) -> Hub {
+    pub(crate) fn new(edge: Edge, keys: Arc<Keys>, settings: EdgeSettings, engine: &Engine) -> Hub {
         Hub {
             edge,
             keys,
@@ -251,7 +244,11 @@ impl Hub {
                         index: answer.index as u16,
                         code: answer.code,
                         flags: if answer.durable { ANSWER_DURABLE } else { 0 }
-                            | if answer.duplicate { ANSWER_DUPLICATE } else { 0 },
+                            | if answer.duplicate {
+                                ANSWER_DUPLICATE
+                            } else {
+                                0
+                            },
                         retry_after_ms: answer.retry_after_ms,
                         request_id: answer.request,
                         text: answer.what,
@@ -267,7 +264,13 @@ impl Hub {
         let text = |span: pelton_core::event::Span| {
             std::str::from_utf8(&batch.bytes[span.range()]).unwrap_or_default()
         };
-        let given = |name| if str::is_empty(name) { None } else { Some(name) };
+        let given = |name| {
+            if str::is_empty(name) {
+                None
+            } else {
+                Some(name)
+            }
+        };
         let mut rest = &batch.executes[..];
         while let Some(first) = rest.first() {
             let count = rest
@@ -350,8 +353,7 @@ impl Hub {
                     index: index as u16,
                     code,
                 });
-                session
-                    .write(|out| write_items(out, FrameType::OutcomeAck, ack.ticket, refused));
+                session.write(|out| write_items(out, FrameType::OutcomeAck, ack.ticket, refused));
             }
             return;
         }

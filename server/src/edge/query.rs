@@ -134,7 +134,11 @@ impl Session {
             },
             Answered::Reply(Reply::Refused { code, what }) => self.error(frame.tag, code, what),
             Answered::Reply(_) | Answered::Info(_) => {
-                self.error(frame.tag, Code::Internal, "a wait was answered with something else");
+                self.error(
+                    frame.tag,
+                    Code::Internal,
+                    "a wait was answered with something else",
+                );
             }
         }
     }
@@ -189,9 +193,10 @@ impl Session {
         match self.question(hub, target, question).await? {
             Answered::Reply(Reply::Done { state: Some(state) }) => Ok(state),
             Answered::Reply(Reply::Refused { code, what }) => Err((code, what.to_owned())),
-            Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => {
-                Err((Code::Internal, "a stop was answered with something else".to_owned()))
-            }
+            Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => Err((
+                Code::Internal,
+                "a stop was answered with something else".to_owned(),
+            )),
         }
     }
 
@@ -448,9 +453,10 @@ impl Session {
         match self.question(hub, target, question).await? {
             Answered::Info(InfoReply::Task(task)) => Ok(task),
             Answered::Reply(Reply::Refused { code, what }) => Err((code, what.to_owned())),
-            Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => {
-                Err((Code::Internal, "a get was answered with something else".to_owned()))
-            }
+            Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => Err((
+                Code::Internal,
+                "a get was answered with something else".to_owned(),
+            )),
         }
     }
 
@@ -596,7 +602,9 @@ impl Session {
         let totals = sum(shards.iter().map(|stats| stats.counters));
         let described: Vec<Value> = shards.iter().map(|stats| describe_shard(stats)).collect();
         let sessions = hub.sessions.borrow();
-        let executors = sessions.values().filter(|session| session.executor.is_some());
+        let executors = sessions
+            .values()
+            .filter(|session| session.executor.is_some());
         Ok(json!({
             "totals": describe_counters(&totals),
             "shards": described,

@@ -27,7 +27,10 @@ use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::Notify;
 
 use crate::{
-    edge::{execute::Executing, hub::{Hub, write_items}},
+    edge::{
+        execute::Executing,
+        hub::{Hub, write_items},
+    },
     keys::{Scopes, TenantSet},
 };
 
@@ -90,8 +93,11 @@ async fn run(hub: Rc<Hub>, connection: Connection, mut send: SendStream, receive
             return;
         }
         Err(_) => {
-            refuse_stream(&mut send, (Code::DeadlineExceeded, "a session begins with a hello", 0))
-                .await;
+            refuse_stream(
+                &mut send,
+                (Code::DeadlineExceeded, "a session begins with a hello", 0),
+            )
+            .await;
             return;
         }
     };
@@ -171,7 +177,8 @@ impl Input {
             if self.taken == self.held {
                 return Ok(None);
             }
-            self.reader.feed(std::mem::take(&mut self.chunks[self.taken]));
+            self.reader
+                .feed(std::mem::take(&mut self.chunks[self.taken]));
             self.taken += 1;
         }
     }
@@ -380,7 +387,10 @@ impl Session {
         let waiting = out.len();
         drop(out);
         if waiting > OUT_BYTES_MAX {
-            self.end(Code::ResourceExhausted, "the peer does not read its answers");
+            self.end(
+                Code::ResourceExhausted,
+                "the peer does not read its answers",
+            );
         }
         self.written.notify_one();
     }
@@ -451,7 +461,10 @@ fn admit(
         if name_is_valid(tenant) {
             Ok(tenant.to_owned())
         } else {
-            Err((Code::InvalidArgument, "the tenant's name breaks the rule for names"))
+            Err((
+                Code::InvalidArgument,
+                "the tenant's name breaks the rule for names",
+            ))
         }
     };
     let key = match hello.credential {
@@ -463,7 +476,12 @@ fn admit(
                     "this server wants a key: `pelton key create`, then --key or PELTON_KEY",
                 ));
             }
-            if !connection.remote_address().ip().to_canonical().is_loopback() {
+            if !connection
+                .remote_address()
+                .ip()
+                .to_canonical()
+                .is_loopback()
+            {
                 return Err((
                     Code::Unauthenticated,
                     "without keys only clients on the same machine are served: `pelton key create`",

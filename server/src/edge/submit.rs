@@ -195,7 +195,11 @@ impl Session {
                     index,
                     code,
                     flags: 0,
-                    retry_after_ms: if code == Code::ResourceExhausted { 1_000 } else { 0 },
+                    retry_after_ms: if code == Code::ResourceExhausted {
+                        1_000
+                    } else {
+                        0
+                    },
                     request_id: RequestId::default(),
                     text,
                 });

@@ -1,0 +1,442 @@
+//! The scenarios, each from its processes to its report.
+
+use std::{
+    cell::Cell,
+    path::Path,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use pelton_client::{Client, ClientOptions, Operation, Trust};
+use pelton_net::submit;
+use serde_json::{Value, json};
+
+use crate::{
+    args::{BenchArgs, Durability, Flags, Scenario},
+    host::{Folder, Server, Worker, cpu_seconds, rss_bytes},
+    limits::{self, Limits},
+    load::{Counted, Load, closed, function_name, open, tenant_name},
+    report::{environment, print, round, write_distribution},
+};
+
+/// Runs a scenario and prints its report; false if a count does not hold.
+pub async fn run(args: BenchArgs) -> Result<bool, String> {
+    let scenario = args.scenario;
+    let flags = scenario.flags().clone();
+    let folder = Folder::make(flags.data.as_deref())
+        .map_err(|error| format!("the data folder cannot be made: {error}"))?;
+    let (report, holds) = match &scenario {
+        Scenario::Submit(_) | Scenario::E2e(_) => throughput(&scenario, &flags, &folder).await?,
+        Scenario::Latency(_) => latency(&flags, &folder).await?,
+        Scenario::Limits(_) => machine(&flags, &folder).await?,
+        Scenario::Backlog(_) => backlog(&flags, &folder).await?,
+        Scenario::Idle(_) => idle(&flags, &folder).await?,
+    };
+    print(&report, flags.json);
+    if !holds {
+        eprintln!("the counts of client and server differ: see `check` in the report");
+    }
+    Ok(holds)
+}
+
+/// The shape of the load that the flags ask for.
+fn shape(flags: &Flags, options: &ClientOptions, until_finished: bool) -> Load {
+    let batch = flags
+        .batch
+        .unwrap_or(if until_finished { 256 } else { 512 });
+    let in_flight = flags.in_flight.unwrap_or(if batch == 1 { 1 } else { 4 });
+    Load {
+        options: options.clone(),
+        connections: flags.connections.max(1),
+        batch: batch.clamp(1, 4096),
+        in_flight: in_flight.max(1),
+        payload: flags.payload,
+        tenants: flags.tenants.max(1),
+        functions: flags.functions.max(1),
+        durability: match flags.durability {
+            Durability::Disk => submit::Durability::Disk,
+            Durability::Memory => submit::Durability::Memory,
+        },
+        until_finished,
+        warmup: Duration::from_secs_f64(flags.warmup.max(0.0)),
+        time: Duration::from_secs_f64(flags.seconds.max(0.1)),
+        tasks_max: None,
+    }
+}
+
+/// The server that is measured: its own, or the one that was named.
+struct Target {
+    server: Option<Server>,
+    options: ClientOptions,
+}
+
+impl Target {
+    fn start(flags: &Flags, data: &Path) -> Result<Target, String> {
+        if let Some(address) = flags.target {
+            let mut options = ClientOptions::at(address);
+            if let Some(ca) = &flags.ca {
+                let trust = Trust::parse(ca).ok_or("--ca is a file or sha256:FINGERPRINT")?;
+                options = options.trust(trust);
+            }
+            if let Some(key) = &flags.key {
+                options = options.key(key);
+            }
+            return Ok(Target {
+                server: None,
+                options,
+            });
+        }
+        let server = Server::start(data, flags.shards)?;
+        Ok(Target {
+            options: server.options.clone(),
+            server: Some(server),
+        })
+    }
+
+    fn cpu(&self) -> f64 {
+        self.server
+            .as_ref()
+            .map_or(0.0, |server| cpu_seconds(server.pid()))
+    }
+}
+
+async fn make_functions(options: &ClientOptions, flags: &Flags) -> Result<(), String> {
+    for tenant in 0..flags.tenants.max(1) {
+        let options = options.clone().tenant(tenant_name(tenant));
+        let client = connect(&options).await?;
+        for function in 0..flags.functions.max(1) {
+            let body = json!({ "function": function_name(function) }).to_string();
+            let set = client.query(Operation::FunctionSet, &body).await;
+            set.map_err(|error| format!("a function cannot be made: {error}"))?;
+        }
+        client.close().await;
+    }
+    Ok(())
+}
+
+async fn connect(options: &ClientOptions) -> Result<Client, String> {
+    Client::connect(options.clone())
+        .await
+        .map_err(|error| format!("the server cannot be reached: {error}"))
+}
+
+async fn stats(options: &ClientOptions) -> Result<Value, String> {
+    let client = connect(&options.clone().tenant(tenant_name(0))).await?;
+    let answer = client.query(Operation::Stats, "{}").await;
+    client.close().await;
+    let answer = answer.map_err(|error| format!("the server's figures: {error}"))?;
+    serde_json::from_str(&answer).map_err(|error| error.to_string())
+}
+
+fn total(stats: &Value, name: &str) -> u64 {
+    stats["totals"][name].as_u64().unwrap_or(0)
+}
+
+fn log_total(stats: &Value, name: &str) -> u64 {
+    let shards = stats["shards"].as_array();
+    let values = shards.into_iter().flatten();
+    values.filter_map(|s| s["log"][name].as_u64()).sum()
+}
+
+fn worker_arguments(options: &ClientOptions, flags: &Flags, slots: u32) -> Vec<String> {
+    let mut arguments = vec![
+        "--server".to_owned(),
+        options.server.clone(),
+        "--ca".to_owned(),
+        options.trust.to_string(),
+        "--tenants".to_owned(),
+        flags.tenants.max(1).to_string(),
+        "--functions".to_owned(),
+        flags.functions.max(1).to_string(),
+        "--slots".to_owned(),
+        slots.to_string(),
+    ];
+    if let Some(key) = &flags.key {
+        arguments.extend(["--key".to_owned(), key.clone()]);
+    }
+    arguments
+}
+
+/// Processor seconds of the three processes.
+#[derive(Clone, Copy, Default)]
+struct Cpu {
+    client: f64,
+    server: f64,
+    executor: f64,
+}
+
+impl Cpu {
+    fn per_100k(self, before: Cpu, tasks: u64) -> Value {
+        let per =
+            |after: f64, before: f64| round((after - before) * 100_000.0 / tasks.max(1) as f64);
+        json!({
+            "client": per(self.client, before.client),
+            "server": per(self.server, before.server),
+            "executor": per(self.executor, before.executor),
+        })
+    }
+}
+
+async fn throughput(
+    scenario: &Scenario,
+    flags: &Flags,
+    folder: &Folder,
+) -> Result<(Value, bool), String> {
+    let until_finished = matches!(scenario, Scenario::E2e(_));
+    let data = folder.path().join("data");
+    let target = Target::start(flags, &data)?;
+    let load = shape(flags, &target.options, until_finished);
+    let limits = limits::measure(folder.path(), &load).await?;
+    make_functions(&target.options, flags).await?;
+    let slots = flags
+        .slots
+        .unwrap_or(if load.batch == 1 { 16 } else { 16_384 });
+    let worker = match until_finished {
+        true => Some(Worker::start(&worker_arguments(
+            &target.options,
+            flags,
+            slots,
+        ))?),
+        false => None,
+    };
+    let before = stats(&target.options).await?;
+    let pids = (
+        target.server.as_ref().map(Server::pid),
+        worker.as_ref().map(Worker::pid),
+    );
+    let cpu = move || Cpu {
+        client: cpu_seconds(std::process::id()),
+        server: pids.0.map_or(0.0, cpu_seconds),
+        executor: pids.1.map_or(0.0, cpu_seconds),
+    };
+    let marks = Rc::new(Cell::new((Cpu::default(), Cpu::default())));
+    let (start, end) = (Rc::clone(&marks), Rc::clone(&marks));
+    let counted = closed(
+        load.clone(),
+        move || start.set((cpu(), Cpu::default())),
+        move || end.set((end.get().0, cpu())),
+    )
+    .await
+    .map_err(|error| format!("a client failed: {error}"))?;
+    let (cpu_before, cpu_after) = marks.get();
+    let after = stats(&target.options).await?;
+    let rss = pids.0.map_or(0, rss_bytes);
+    let accepted = total(&after, "accepted") - total(&before, "accepted");
+    let batches = log_total(&after, "batches") - log_total(&before, "batches");
+    let bytes = log_total(&after, "bytes") - log_total(&before, "bytes");
+    let whole = load.warmup.as_secs_f64() + counted.seconds;
+    let per_s = counted.measured as f64 / counted.seconds;
+    let mut check = json!({
+        "accepted_client": counted.accepted,
+        "accepted_server": accepted,
+        "completed_client": counted.completed,
+    });
+    let mut holds = flags.target.is_some() || counted.accepted == accepted;
+    holds &= !until_finished || counted.completed == counted.accepted;
+    drop(worker);
+    if let Some(server) = target.server {
+        server.kill();
+        if flags.durability == Durability::Disk {
+            let found = after_restart(flags, &data).await?;
+            let expected = if until_finished { 0 } else { counted.accepted };
+            check["waiting_after_restart"] = found.into();
+            check["waiting_expected"] = expected.into();
+            holds &= found == expected;
+        }
+    }
+    let limit = limits.quic_frames_per_s.min(limits.log_records_per_s);
+    let report = json!({
+        "bench": scenario.name(),
+        "schema": 1,
+        "tasks_per_s": round(per_s),
+        "p50_us": counted.latency.value_at_quantile(0.5),
+        "p99_us": counted.latency.value_at_quantile(0.99),
+        "p999_us": counted.latency.value_at_quantile(0.999),
+        "payload_bytes": load.payload,
+        "connections": load.connections,
+        "batch": load.batch,
+        "in_flight": load.in_flight,
+        "shards": after["shards"].as_array().map_or(0, Vec::len),
+        "durability": format!("{:?}", flags.durability).to_lowercase(),
+        "flushes_per_s": round(batches as f64 / whole),
+        "bytes_per_flush": round(bytes as f64 / batches.max(1) as f64),
+        "tasks_per_flush_p50": round(per_s * limits.flush_p50_us / 1e6),
+        "accepted": counted.accepted,
+        "completed": counted.completed,
+        "failed": counted.failed,
+        "refused": counted.refused,
+        "ratio_to_limit": round(per_s / limit),
+        "cpu_s_per_100k": cpu_after.per_100k(cpu_before, counted.measured),
+        "rss_bytes": rss,
+        "limits": describe(&limits),
+        "check": check,
+        "env": environment(folder.path(), limits.flush_p50_us, placement(flags)),
+    });
+    save(flags, &counted)?;
+    Ok((report, holds))
+}
+
+/// Tasks that wait after a restart on the same directory.
+async fn after_restart(flags: &Flags, data: &Path) -> Result<u64, String> {
+    let server = Server::start(data, flags.shards)?;
+    let figures = stats(&server.options).await?;
+    server.kill();
+    Ok(total(&figures, "recovered"))
+}
+
+fn describe(limits: &Limits) -> Value {
+    json!({
+        "quic_frames_per_s": round(limits.quic_frames_per_s),
+        "log_records_per_s": round(limits.log_records_per_s),
+        "flush_p50_us": round(limits.flush_p50_us),
+    })
+}
+
+fn placement(flags: &Flags) -> &'static str {
+    if flags.target.is_some() {
+        "another server"
+    } else {
+        "server, executor and client on the same cores, as the scheduler places them"
+    }
+}
+
+fn save(flags: &Flags, counted: &Counted) -> Result<(), String> {
+    match &flags.hdr {
+        Some(path) => write_distribution(path, &counted.latency)
+            .map_err(|error| format!("{}: {error}", path.display())),
+        None => Ok(()),
+    }
+}
+
+async fn latency(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
+    let data = folder.path().join("data");
+    let target = Target::start(flags, &data)?;
+    let load = shape(flags, &target.options, true);
+    let limits = limits::measure(folder.path(), &load).await?;
+    make_functions(&target.options, flags).await?;
+    let mut arguments = worker_arguments(&target.options, flags, flags.slots.unwrap_or(1024));
+    arguments.push("--stamped".to_owned());
+    let mut worker = Worker::start(&arguments)?;
+    let run = |seconds: f64| {
+        open(
+            target.options.clone(),
+            flags.connections.clamp(1, 4),
+            flags.payload,
+            flags.rate,
+            Duration::from_secs_f64(seconds),
+        )
+    };
+    let failed = |error| format!("a client failed: {error}");
+    run(flags.warmup.max(0.5)).await.map_err(failed)?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    worker.reset();
+    let server_before = target.cpu();
+    let counted = run(flags.seconds).await.map_err(failed)?;
+    let server_cpu = target.cpu() - server_before;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let measured = worker.report()?;
+    let started = measured["count"].as_u64().unwrap_or(0);
+    let holds = started == counted.accepted;
+    if let Some(path) = &flags.hdr {
+        std::fs::write(path, format!("{:#}\n", measured["percentiles"]))
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    let report = json!({
+        "bench": "latency",
+        "schema": 1,
+        "rate": flags.rate,
+        "tasks_per_s": round(counted.accepted as f64 / counted.seconds),
+        "p50_us": round(measured["p50_us"].as_f64().unwrap_or(0.0)),
+        "p99_us": round(measured["p99_us"].as_f64().unwrap_or(0.0)),
+        "p999_us": round(measured["p999_us"].as_f64().unwrap_or(0.0)),
+        "max_us": round(measured["max_us"].as_f64().unwrap_or(0.0)),
+        "payload_bytes": flags.payload,
+        "accepted": counted.accepted,
+        "refused": counted.refused,
+        "check": { "accepted_client": counted.accepted, "started_executor": started },
+        "cpu_s_per_100k": {
+            "server": round(server_cpu * 100_000.0 / counted.accepted.max(1) as f64),
+        },
+        "p50_over_flush_us": round(
+            measured["p50_us"].as_f64().unwrap_or(0.0) - limits.flush_p50_us
+        ),
+        "env": environment(folder.path(), limits.flush_p50_us, placement(flags)),
+    });
+    Ok((report, holds))
+}
+
+async fn machine(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
+    let load = shape(flags, &ClientOptions::new(""), false);
+    let limits = limits::measure(folder.path(), &load).await?;
+    let mut report = json!({ "bench": "limits", "schema": 1 });
+    for (name, value) in describe(&limits).as_object().into_iter().flatten() {
+        report[name] = value.clone();
+    }
+    report["payload_bytes"] = load.payload.into();
+    report["batch"] = load.batch.into();
+    report["env"] = environment(folder.path(), limits.flush_p50_us, "two threads");
+    Ok((report, true))
+}
+
+async fn backlog(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
+    let data = folder.path().join("data");
+    let target = Target::start(flags, &data)?;
+    make_functions(&target.options, flags).await?;
+    let server = target.server.ok_or("backlog needs a server of its own")?;
+    let load = Load {
+        tasks_max: Some(flags.tasks),
+        ..shape(flags, &server.options, false)
+    };
+    let empty = rss_bytes(server.pid());
+    let counted = closed(load, || {}, || {})
+        .await
+        .map_err(|error| format!("a client failed: {error}"))?;
+    let full = rss_bytes(server.pid());
+    let stopped = Instant::now();
+    server.stop()?;
+    let stop = stopped.elapsed();
+    let server = Server::start(&data, flags.shards)?;
+    let ready = server.ready;
+    let figures = stats(&server.options).await?;
+    let recovered = total(&figures, "recovered");
+    let restarted = rss_bytes(server.pid());
+    let report = json!({
+        "bench": "backlog",
+        "schema": 1,
+        "accepted": counted.accepted,
+        "tasks_per_s": round(counted.accepted as f64 / counted.seconds),
+        "rss_bytes": full,
+        "rss_bytes_empty": empty,
+        "rss_bytes_per_task": round((full.saturating_sub(empty)) as f64 / counted.accepted.max(1) as f64),
+        "rss_bytes_after_restart": restarted,
+        "stop_s": round(stop.as_secs_f64()),
+        "restart_s": round(ready.as_secs_f64()),
+        "check": { "accepted_client": counted.accepted, "recovered": recovered },
+        "env": environment(folder.path(), 0.0, placement(flags)),
+    });
+    Ok((report, recovered == counted.accepted))
+}
+
+async fn idle(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
+    let data = folder.path().join("data");
+    let target = Target::start(flags, &data)?;
+    make_functions(&target.options, flags).await?;
+    // The log prepares its next segments first.
+    tokio::time::sleep(Duration::from_secs_f64(flags.warmup.max(3.0))).await;
+    let before = target.cpu();
+    let start = Instant::now();
+    tokio::time::sleep(Duration::from_secs_f64(flags.seconds)).await;
+    let share = (target.cpu() - before) / start.elapsed().as_secs_f64();
+    let figures = stats(&target.options).await?;
+    let shards = figures["shards"].as_array().map_or(1, Vec::len).max(1);
+    let report = json!({
+        "bench": "idle",
+        "schema": 1,
+        "shards": shards,
+        "cpu_percent_of_a_core": round(share * 100.0),
+        "cpu_percent_per_shard": round(share * 100.0 / shards as f64),
+        "rss_bytes": target.server.as_ref().map_or(0, |server| rss_bytes(server.pid())),
+        "env": environment(folder.path(), 0.0, placement(flags)),
+    });
+    Ok((report, true))
+}
