@@ -134,4 +134,56 @@ impl Shard {
             "segments are kept for what refers to them"
         );
     }
+    /// Panics unless nothing is held: no task waits or runs, and every slot, credit, read and byte has come back. For a
+    /// shard whose tasks have all ended and whose executors have all answered.
+    pub fn audit_rest(&self) {
+        for (index, queue) in self.queues.iter().enumerate() {
+            assert_eq!(
+                (queue.pool.in_use(), queue.waiting),
+                (0, 0),
+                "credits and waiting tasks of tenant {index}"
+            );
+        }
+        for (index, lane) in self.lanes.iter().enumerate() {
+            assert_eq!(
+                (
+                    lane.in_flight,
+                    lane.promised,
+                    lane.unsettled,
+                    lane.behind_keys,
+                    lane.waiting.count
+                ),
+                (0, 0, 0, 0, 0),
+                "function {index}: in flight, promised, unsettled, behind keys, waiting"
+            );
+        }
+        let bound = self
+            .sessions
+            .iter()
+            .flat_map(|(id, session)| session.bindings.iter().map(move |&binding| (id, binding)));
+        for (executor, binding) in bound {
+            let binding = &self.bindings[binding as usize];
+            assert_eq!(
+                (binding.used, binding.running.count),
+                (0, 0),
+                "slots of executor {executor} for function {}: used, running",
+                binding.function.0
+            );
+        }
+        for session in self.sessions.values() {
+            assert!(session.overdue.is_empty(), "overdue attempts are answered");
+        }
+        assert_eq!(self.orphans.count, 0, "orphans");
+        assert_eq!(self.blobs.bytes(), 0, "bytes of waiting tasks");
+        assert!(self.due.is_empty(), "delayed tasks");
+        assert!(
+            self.pending_names.is_empty() && self.deferred.is_empty(),
+            "pending names and deferred questions"
+        );
+        assert_eq!(
+            self.waiters.len(),
+            self.free_waiters.len(),
+            "callers that wait"
+        );
+    }
 }
