@@ -1,1 +1,23 @@
-//! Placeholder.
+//! The deterministic simulation of Pelton: real shards over real logs, on disks that live in memory and lose their
+//! power, with simulated edges, callers, executors and time. One seed decides everything, and an oracle reads every
+//! byte that becomes durable and checks everything that leaves a shard against it.
+//!
+//! Reading order: `swarm` is what a seed draws; `world` the process, its faults and its clock; `host` one shard over
+//! its log; `caller` and `worker` those outside; `oracle` what must hold; `trace` what is compared and printed; `run`
+//! one seed from its draw to its verdict.
+
+pub mod swarm;
+
+pub mod world;
+
+pub mod host;
+
+pub mod caller;
+
+pub mod worker;
+
+pub mod oracle;
+
+pub mod trace;
+
+pub mod run;
