@@ -397,6 +397,7 @@ impl Shard {
         self.control(inbox, space, effects);
         self.submits(inbox, space, effects);
         self.receive(space, effects);
+        self.carry_wishes(effects);
         self.carry_config(space);
         effects.urgency = self.urgency;
     }

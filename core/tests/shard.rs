@@ -6,7 +6,7 @@ use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
     event::{Control, Query, Reply, Start, Target, Verdict},
-    id::{RequestId, Token},
+    id::{RequestId, ShardId, Token},
     shard::Options,
     state::State,
 };
@@ -603,4 +603,35 @@ fn a_failed_log_answers_unavailable() {
     );
     let refused = rig.submit(rig.task(function, "", "", b"y"));
     assert_eq!(refused.code, Code::Unavailable);
+}
+
+#[test]
+fn a_wish_is_answered_when_the_last_shard_reports_and_reports_of_others_do_not_count() {
+    let mut rig = Rig::new(Options {
+        shards: 2,
+        segment_bytes: 8 << 20,
+        ..Options::default()
+    });
+    let wish = Wish::EnsureTenant {
+        name: "acme".into(),
+    };
+    rig.inbox.control.push_back(Control::Configure {
+        connection: CALLER,
+        ticket: 1,
+        wish,
+    });
+    rig.settle();
+    for version in [0, 1] {
+        assert!(rig.out.replies.is_empty(), "the other shard has not logged it");
+        rig.inbox.control.push_back(Control::Applied {
+            shard: ShardId(1),
+            version,
+        });
+        rig.settle();
+    }
+    assert_eq!(
+        rig.out.replies,
+        [(CALLER, 1, Reply::Done { state: None })],
+        "without any further flush"
+    );
 }

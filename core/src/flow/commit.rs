@@ -28,7 +28,7 @@ impl Shard {
         }
         effects.shards.append(&mut pending.edges.shards);
         self.spare.push(pending);
-        self.after_commit(effects);
+        self.after_commit();
     }
 
     pub(crate) fn apply(
@@ -500,8 +500,8 @@ impl Shard {
         *count -= 1;
     }
 
-    /// What follows a commit: segments at the front that nothing refers to are dead, and wishes go on.
-    fn after_commit(&mut self, effects: &mut Effects) {
+    /// What follows a commit: segments at the front that nothing refers to are dead.
+    fn after_commit(&mut self) {
         while self.segments.len() > 1
             && self.segments[0] == 0
             && self.first_segment < self.config_segment
@@ -509,7 +509,6 @@ impl Shard {
             self.segments.pop_front();
             self.first_segment += 1;
         }
-        self.carry_wishes(effects);
     }
 
     pub(crate) fn arm_lane_age(&mut self, function: FunctionId) {

@@ -84,7 +84,7 @@ impl Shard {
         }
     }
 
-    /// Shard 0, after a commit: a wish whose changes are in every log is answered, and the next one begins.
+    /// Shard 0: a wish whose changes are in every log is answered, whichever log was the last.
     pub(crate) fn carry_wishes(&mut self, effects: &mut Effects) {
         if let Some(carried) = &self.carried
             && carried.awaited == 0
@@ -154,9 +154,12 @@ impl Shard {
         self.carry_config_forward(space);
     }
 
-    /// Another shard has logged a change of the wish being carried out.
-    pub(crate) fn change_reported(&mut self) {
-        if let Some(carried) = &mut self.carried {
+    /// Another shard has logged a change. One that is not of the wish being carried out was sent to a shard that was
+    /// behind at the start, and nobody waits for it.
+    pub(crate) fn change_reported(&mut self, version: u64) {
+        if let Some(carried) = &mut self.carried
+            && carried.changes.iter().any(|&(known, _)| known == version)
+        {
             carried.awaited -= 1;
         }
     }

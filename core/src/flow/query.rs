@@ -106,7 +106,7 @@ impl Shard {
             Control::Apply { version, change } => {
                 return self.append_change(version, change, space);
             }
-            Control::Applied { .. } => self.change_reported(),
+            Control::Applied { version, .. } => self.change_reported(version),
         }
         None
     }
