@@ -734,15 +734,12 @@ impl World {
         if !self.up || self.callers[caller].connection.is_some() {
             return;
         }
-        if !self.serving() {
+        let Some((_, tenant)) = self.tenant_of(caller).filter(|_| self.serving()) else {
             self.after(500_000, Happening::CallerBack { caller });
             return;
-        }
+        };
         let connection = self.connect();
         self.callers[caller].connection = Some(connection);
-        let Some((_, tenant)) = self.tenant_of(caller) else {
-            return;
-        };
         self.tenants_of.insert(connection, tenant);
         self.callers[caller].stopped = false;
         if self.healing {

@@ -97,6 +97,8 @@ pub(crate) enum Happening {
     Breaks { fault: Fault },
     /// A fault that lasts is over.
     SpaceIsBack { shard: usize },
+    /// Somebody notices that a shard refuses everything, and restarts the process.
+    OperatorRestarts { life: u64 },
     /// The process starts again.
     Restart,
 }
@@ -342,6 +344,11 @@ impl World {
                     self.wake(shard, 1_000);
                 }
             }
+            Happening::OperatorRestarts { life } => {
+                if life == self.life && self.up {
+                    self.crash();
+                }
+            }
             Happening::Restart => self.restart()?,
         }
         Ok(())
@@ -399,9 +406,9 @@ impl World {
         let mut effects = host.turn(shard, now, self.plan.submits_max, &mut self.oracle)?;
         if host.poisoned && !was_poisoned {
             self.counts.poisoned += 1;
-            // Somebody restarts a process whose shard has failed.
             let delay = self.around(20_000_000);
-            self.after(delay, Happening::Breaks { fault: Fault::Crash });
+            let life = self.life;
+            self.after(delay, Happening::OperatorRestarts { life });
         }
         if self.crash_in_turn && effects.urgency != pelton_core::event::Urgency::Nothing {
             self.crash_in_turn = false;
