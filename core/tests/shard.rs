@@ -635,3 +635,21 @@ fn a_wish_is_answered_when_the_last_shard_reports_and_reports_of_others_do_not_c
         "without any further flush"
     );
 }
+
+#[test]
+fn a_name_given_again_after_its_window_keeps_its_second_window_over_a_restart() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 8 << 20,
+        dedup_window_ms: 1_000,
+        ..Options::default()
+    });
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let first = rig.submit(rig.task(function, "order", "", b"x"));
+    rig.advance(1_500);
+    let second = rig.submit(rig.task(function, "order", "", b"x"));
+    assert!(!second.duplicate && second.request != first.request);
+    rig.restart();
+    rig.advance(500);
+    let third = rig.submit(rig.task(function, "order", "", b"x"));
+    assert_eq!((third.duplicate, third.request), (true, second.request));
+}

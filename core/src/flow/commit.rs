@@ -146,6 +146,10 @@ impl Shard {
                 payload_hash: accepted.payload_hash,
                 segment: segment as u32,
             };
+            if let Some(before) = self.names.remove(accepted.name) {
+                // Its window was over before this one came, which only a replay still sees: see `forgotten_names`.
+                self.dereference(u64::from(before.segment));
+            }
             self.names.insert(accepted.name, name);
             self.name_ages
                 .push((accepted.name, accepted.request.accepted_ms()));

@@ -124,7 +124,12 @@ impl Shard {
                 return;
             }
             self.name_ages.pop();
-            if let Some(known) = self.names.remove(name) {
+            // A name that was given again after a window, all of which one replay has seen, keeps its later entry.
+            let current = self
+                .names
+                .get(name)
+                .is_some_and(|known| known.request.accepted_ms() == accepted_ms);
+            if current && let Some(known) = self.names.remove(name) {
                 self.dereference(u64::from(known.segment));
             }
         }
