@@ -6,7 +6,7 @@ use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
     event::{Control, Query, Reply, Start, Target, Verdict},
-    id::{RequestId, ShardId, Token},
+    id::{RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
 };
@@ -652,4 +652,48 @@ fn a_name_given_again_after_its_window_keeps_its_second_window_over_a_restart() 
     rig.advance(500);
     let third = rig.submit(rig.task(function, "order", "", b"x"));
     assert_eq!((third.duplicate, third.request), (true, second.request));
+}
+
+/// A delayed task of a key is leased, and another one of the key waits behind it.
+fn delayed_and_leased(rig: &mut Rig, config: FunctionConfig) -> (RequestId, Token, RequestId) {
+    let function = rig.function("acme", "digest", config);
+    let mut delayed = rig.task(function, "", "k", b"1");
+    delayed.tasks[0].start = Start::DelayMs(10_000);
+    let first = rig.submit(delayed).request;
+    rig.lend(function, 4);
+    rig.advance(10_000);
+    let executes = rig.executes();
+    assert_eq!((executes.len(), executes[0].0), (1, first));
+    let second = rig.submit(rig.task(function, "", "k", b"2")).request;
+    assert!(rig.executes().is_empty());
+    (first, executes[0].1, second)
+}
+
+#[test]
+fn a_delayed_task_that_runs_keeps_its_key_over_a_restart() {
+    let mut rig = rig();
+    let (first, token, second) = delayed_and_leased(&mut rig, FunctionConfig::default());
+    rig.restart();
+    let function = rig.shard.directory().function_id(TenantId(0), "digest");
+    rig.lend(function.unwrap(), 4);
+    assert!(rig.executes().is_empty(), "its key is taken");
+    assert_eq!(rig.outcome(first, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(rig.executes()[0].0, second);
+}
+
+#[test]
+fn the_age_of_a_delayed_task_counts_from_when_it_was_due_over_a_restart_too() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        max_age_s: 5,
+        ..FunctionConfig::default()
+    };
+    let (first, token, _) = delayed_and_leased(&mut rig, config);
+    rig.restart();
+    assert_eq!(rig.outcome(first, token, Verdict::Failed, ""), Ok(()));
+    assert_eq!(rig.state(first), State::Retrying);
+    rig.advance(3_000);
+    assert_eq!(rig.state(first), State::Enqueued);
+    rig.advance(3_000);
+    assert_eq!(rig.state(first), State::Expired);
 }

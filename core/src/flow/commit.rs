@@ -48,7 +48,12 @@ impl Shard {
                     return;
                 };
                 if self.replaying {
+                    if self.tasks[slot].state() == State::Scheduled {
+                        // It was due before it was leased: its age counts from then.
+                        self.own_age(slot);
+                    }
                     self.detach(slot);
+                    self.lead_key(slot);
                     self.adopt_credit(slot);
                 }
                 let now_ms = self.now.mono_ns / 1_000_000;
@@ -463,6 +468,34 @@ impl Shard {
         self.keys[index as usize].successors = successors;
         self.lanes[function.0 as usize].behind_keys -= 1;
         self.enqueue(next, false);
+    }
+
+    /// A replay finds a task leased that is not its key's head: it was delayed, and when it was due is in no record, so
+    /// that a task accepted later took its place. That one goes back to the front of those behind the head.
+    fn lead_key(&mut self, slot: u32) {
+        let task = &self.tasks[slot];
+        if task.key == NIL || task.has(FLAG_KEY_HEAD) {
+            return;
+        }
+        let (index, function) = (task.key as usize, task.function.0 as usize);
+        let rival = core::mem::replace(&mut self.keys[index].head, slot);
+        self.tasks[slot].set(FLAG_KEY_HEAD);
+        if rival == NIL {
+            return;
+        }
+        assert!(
+            self.tasks[rival].state() == State::Enqueued,
+            "a head beyond `Enqueued` keeps others from being leased"
+        );
+        let mut waiting = self.lanes[function].waiting;
+        self.tasks.unlink(&mut waiting, rival);
+        self.lanes[function].waiting = waiting;
+        self.lanes[function].behind_keys += 1;
+        self.tasks[rival].clear(FLAG_KEY_HEAD);
+        let mut successors = self.keys[index].successors;
+        self.tasks.push_front(&mut successors, rival);
+        self.keys[index].successors = successors;
+        self.own_age(rival);
     }
 
     /// Drops a finished task from memory.
