@@ -697,3 +697,27 @@ fn the_age_of_a_delayed_task_counts_from_when_it_was_due_over_a_restart_too() {
     rig.advance(3_000);
     assert_eq!(rig.state(first), State::Expired);
 }
+
+#[test]
+fn a_held_key_of_a_deleted_function_lets_its_tasks_go() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 0,
+        on_failure: OnFailure::Hold,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 1);
+    let first = rig.submit(rig.task(function, "", "k", b"1")).request;
+    let second = rig.submit(rig.task(function, "", "k", b"2")).request;
+    let token = rig.executes()[0].1;
+    assert_eq!(rig.outcome(first, token, Verdict::Failed, ""), Ok(()));
+    rig.advance(10);
+    assert_eq!(rig.state(second), State::Enqueued);
+    rig.configure(Wish::RemoveFunction {
+        tenant: "acme".into(),
+        name: "digest".into(),
+    });
+    rig.advance(10);
+    assert_eq!(rig.state(second), State::Invalid);
+}

@@ -439,8 +439,8 @@ impl Shard {
         let index = core::mem::replace(&mut task.key, NIL);
         let was_head = task.has(FLAG_KEY_HEAD);
         task.clear(FLAG_KEY_HEAD);
-        let hold = self.lanes[task.function.0 as usize].config.on_failure
-            == crate::config::OnFailure::Hold;
+        let lane = &self.lanes[task.function.0 as usize];
+        let hold = lane.live && lane.config.on_failure == crate::config::OnFailure::Hold;
         let key = &mut self.keys[index as usize];
         key.members -= 1;
         if was_head {

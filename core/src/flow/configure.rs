@@ -61,6 +61,7 @@ impl Shard {
             Change::FunctionRemoved { id } => {
                 if let Some(lane) = self.lanes.get_mut(id.0 as usize) {
                     lane.live = false;
+                    self.let_go_held_keys(id);
                     if !self.replaying {
                         self.doom(id);
                     }
