@@ -721,3 +721,29 @@ fn a_held_key_of_a_deleted_function_lets_its_tasks_go() {
     rig.advance(10);
     assert_eq!(rig.state(second), State::Invalid);
 }
+
+#[test]
+fn the_slot_of_an_attempt_that_timed_out_is_free_when_its_executor_comes_back() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 0,
+        timeout_ms: 1_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 1);
+    rig.accept(function, b"1");
+    assert_eq!(rig.executes().len(), 1);
+    rig.advance(2_000);
+    rig.accept(function, b"2");
+    assert!(rig.executes().is_empty(), "the executor has not let go");
+    rig.lend(function, 1);
+    rig.inbox.control.push_back(Control::LeasesPresented {
+        executor: EXECUTOR,
+        connection: WORKER,
+        ticket: 1,
+        leases: vec![],
+    });
+    rig.settle();
+    assert_eq!(rig.executes().len(), 1);
+}

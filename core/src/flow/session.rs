@@ -154,6 +154,16 @@ impl Shard {
                 self.cancel(slot, effects);
             }
         }
+        // What timed out is dropped by the executor like everything else that it does not keep: its slots are free.
+        let overdue = self
+            .sessions
+            .get_mut(&executor)
+            .map(|session| core::mem::take(&mut session.overdue));
+        for binding in overdue.into_iter().flatten().map(|(_, binding)| binding) {
+            let before = self.bindings[binding as usize].free();
+            self.bindings[binding as usize].used -= 1;
+            self.recount(binding, before);
+        }
         presented.sort_unstable();
         for slot in undelivered {
             let task = &self.tasks[slot];
