@@ -75,6 +75,8 @@ pub(crate) enum Fact {
         request: RequestId,
         token: Token,
         binding: u32,
+        /// The connection over which the order to execute goes out.
+        connection: ConnectionId,
     },
     Ended {
         request: RequestId,

@@ -6,7 +6,7 @@ use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
     event::{Control, Query, Reply, Start, Target, Verdict},
-    id::{RequestId, ShardId, TenantId, Token},
+    id::{ConnectionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
 };
@@ -622,7 +622,10 @@ fn a_wish_is_answered_when_the_last_shard_reports_and_reports_of_others_do_not_c
     });
     rig.settle();
     for version in [0, 1] {
-        assert!(rig.out.replies.is_empty(), "the other shard has not logged it");
+        assert!(
+            rig.out.replies.is_empty(),
+            "the other shard has not logged it"
+        );
         rig.inbox.control.push_back(Control::Applied {
             shard: ShardId(1),
             version,
@@ -746,4 +749,41 @@ fn the_slot_of_an_attempt_that_timed_out_is_free_when_its_executor_comes_back() 
     });
     rig.settle();
     assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn a_lease_whose_executor_connects_again_before_it_is_durable_is_given_anew() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    rig.post(rig.task(function, "", "", b"x"));
+    rig.step(None);
+    let again = ConnectionId(3);
+    rig.inbox.control.extend([
+        Control::SessionOpened {
+            executor: EXECUTOR,
+            connection: again,
+        },
+        Control::LeasesPresented {
+            executor: EXECUTOR,
+            connection: again,
+            ticket: 1,
+            leases: vec![],
+        },
+        Control::SlotsLent {
+            executor: EXECUTOR,
+            function,
+            index: 0,
+            count: 1,
+        },
+    ]);
+    rig.step(None);
+    rig.settle();
+    let sent: Vec<_> = rig
+        .out
+        .executes
+        .iter()
+        .map(|e| (e.connection, e.token.attempt))
+        .collect();
+    assert_eq!(sent, [(WORKER, 1), (again, 2)]);
 }

@@ -58,10 +58,12 @@ impl Shard {
             attempt: token.attempt,
         };
         space.append(Schema::Lease, &record);
+        let connection = self.executor_of(binding).0;
         self.open.facts.push(Fact::Leased {
             request,
             token,
             binding,
+            connection,
         });
         self.note(Urgency::Now);
     }

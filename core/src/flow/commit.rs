@@ -43,6 +43,7 @@ impl Shard {
                 request,
                 token,
                 binding,
+                connection,
             } => {
                 let Some(slot) = self.tasks.find(request) else {
                     return;
@@ -64,6 +65,12 @@ impl Shard {
                 task.clear(FLAG_BUSY);
                 self.counters.leased += 1;
                 self.hand_to(slot, binding);
+                let held = self.tasks[slot].holder != NIL;
+                if held && self.executor_of(binding).0 != connection {
+                    // Its executor connected again while the lease was on its way to the disk, and has presented what
+                    // it holds without this one: the order goes to a connection that is gone.
+                    self.release(slot);
+                }
             }
             Fact::Ended {
                 request,

@@ -7,7 +7,7 @@ use crate::{
     error::Code,
     event::Effects,
     flow::admit::{key_hash, name_hash},
-    id::{FunctionId, Lsn, RequestId, TenantId, Token},
+    id::{ConnectionId, FunctionId, Lsn, RequestId, TenantId, Token},
     record::{RECORD_HEADER_BYTES, Record, Unreadable, read},
     shard::{Accepted, Fact, Shard},
     state::State,
@@ -62,6 +62,7 @@ impl Shard {
                         request,
                         token,
                         binding: NIL,
+                        connection: ConnectionId(0),
                     },
                     lease.at_ms.to_native(),
                 )
