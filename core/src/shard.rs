@@ -280,8 +280,9 @@ pub struct Shard {
     pub(crate) queues: Vec<Queue>,
     /// Scheduled and retrying tasks by logged time.
     pub(crate) due: BTreeSet<(u64, u32)>,
-    /// Tasks whose age is not their lane's, by logged time.
-    pub(crate) ages: BTreeSet<(u64, u32)>,
+    /// Tasks whose age is not their lane's, by logged time: slot, and the low half of the running number, by which an
+    /// entry that outlived its task is known.
+    pub(crate) ages: BTreeSet<(u64, u32, u32)>,
 
     // Volatile state.
     pub(crate) robin: Robin,

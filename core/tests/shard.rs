@@ -144,7 +144,7 @@ fn a_lost_executor_is_taken_over_after_one_term_and_its_late_answer_refused() {
     rig.advance(2_000);
     rig.advance(1);
     assert_eq!(rig.state(request), State::Enqueued);
-    let other = pelton_core::id::ConnectionId(3);
+    let other = ConnectionId(3);
     rig.inbox.control.push_back(Control::SessionOpened {
         executor: 78,
         connection: other,
@@ -786,4 +786,39 @@ fn a_lease_whose_executor_connects_again_before_it_is_durable_is_given_anew() {
         .map(|e| (e.connection, e.token.attempt))
         .collect();
     assert_eq!(sent, [(WORKER, 1), (again, 2)]);
+}
+
+#[test]
+fn the_age_of_a_finished_task_does_not_end_the_next_one_in_its_slot() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 8 << 20,
+        finished_max: 1,
+        ..Options::default()
+    });
+    let config = FunctionConfig {
+        max_age_s: 10,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    let delayed = |rig: &mut Rig, delay_ms| {
+        let mut task = rig.task(function, "", "", b"x");
+        task.tasks[0].start = Start::DelayMs(delay_ms);
+        rig.submit(task).request
+    };
+    let stop = |rig: &mut Rig, request| {
+        let target = Target::Request(request);
+        rig.query(Query::Stop { target });
+    };
+    let first = delayed(&mut rig, 8_000);
+    rig.advance(8_000);
+    stop(&mut rig, first);
+    // The second end pushes the first task out of memory, and its slot is used again.
+    let second = rig.accept(function, b"y");
+    stop(&mut rig, second);
+    let third = delayed(&mut rig, 5_000);
+    assert_eq!(third.slot(), first.slot());
+    rig.advance(10_500);
+    assert_eq!(rig.state(third), State::Enqueued, "it is due since 5.5 s");
+    rig.advance(5_000);
+    assert_eq!(rig.state(third), State::Expired);
 }

@@ -336,7 +336,8 @@ impl Shard {
         let task = &mut self.tasks[slot];
         task.set_max_age_s(age);
         task.set(FLAG_OWN_AGE);
-        self.ages.insert((from + u64::from(age) * 1_000, slot));
+        let seq = task.request(slot).seq() as u32;
+        self.ages.insert((from + u64::from(age) * 1_000, slot, seq));
     }
 
     /// Ends a task that is in no list: tells its waiters, frees its key, keeps it for queries.
@@ -395,7 +396,8 @@ impl Shard {
         task.clear(FLAG_OWN_AGE);
         let age_ms = u64::from(task.max_age_s()) * 1_000;
         // The entry of a task that was delayed stands elsewhere and goes when it fires: see `timers`.
-        self.ages.remove(&(task.accepted_ms() + age_ms, slot));
+        let seq = task.request(slot).seq() as u32;
+        self.ages.remove(&(task.accepted_ms() + age_ms, slot, seq));
     }
 
     fn tell_waiters(

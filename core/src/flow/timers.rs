@@ -51,19 +51,17 @@ impl Shard {
 
     fn aged_tasks(&mut self, space: &mut BatchSpace<'_>) {
         for _ in 0..FIRED_MAX {
-            let Some(&(at, slot)) = self.ages.first() else {
+            let Some(&(at, slot, seq)) = self.ages.first() else {
                 return;
             };
             if at > self.now.logged_ms || space.room() < record_bytes(0) {
                 return;
             }
-            self.ages.remove(&(at, slot));
+            self.ages.remove(&(at, slot, seq));
             let Some(task) = self.tasks.get(slot) else {
                 continue;
             };
-            if !task.has(FLAG_OWN_AGE)
-                || task.accepted_ms() + u64::from(task.max_age_s()) * 1_000 > at
-            {
+            if !task.has(FLAG_OWN_AGE) || task.request(slot).seq() as u32 != seq {
                 continue; // The slot belongs to another task by now.
             }
             if task.has(FLAG_BUSY) || task.state().on(Event::Expire).is_none() {
