@@ -447,11 +447,16 @@ impl Oracle {
                     let function = self.task(request)?.function;
                     self.wished_of(function)
                 };
-                let task = self.task(request)?;
+                let task = self.task(request)?.clone();
                 require(!task.state.terminal(), "one_terminal_state", || {
                     format!("{request} becomes {state} and was {}", task.state)
                 })?;
-                let from = task.state;
+                let mut from = task.state;
+                if from == State::Running && state.terminal() {
+                    // It was given back before, which is in no record.
+                    from = State::Enqueued;
+                    self.met(State::Running, Event::Release);
+                }
                 match state {
                     State::Stopping => {
                         require(from == State::Running, "transition_is_in_the_table", || {
