@@ -62,7 +62,7 @@ impl Shard {
                 );
             }
         }
-        let mut loose = 0;
+        let (mut loose, mut outcomes) = (0, 0u64);
         let mut beyond = alloc::vec![0u32; self.lanes.len()];
         for slot in 0..self.tasks.used() {
             let Some(task) = self.tasks.get(slot) else {
@@ -83,6 +83,7 @@ impl Shard {
                 | State::Invalid => {}
             }
             loose += u32::from(task.prev == NIL && task.next == NIL);
+            outcomes += u64::from(task.state().terminal() && task.at != 0);
             if matches!(task.state(), State::Scheduled | State::Retrying) {
                 assert!(
                     self.due.contains(&(task.at, slot)),
@@ -126,12 +127,7 @@ impl Shard {
             );
         }
         let references: u64 = self.segments.iter().map(|&count| u64::from(count)).sum();
-        let expected = u64::from(self.tasks.live())
-            + self.names.len() as u64
-            + (0..self.tasks.used())
-                .filter_map(|slot| self.tasks.get(slot))
-                .filter(|task| task.state().terminal() && task.at != 0)
-                .count() as u64;
+        let expected = u64::from(self.tasks.live()) + self.names.len() as u64 + outcomes;
         assert_eq!(
             references, expected,
             "segments are kept for what refers to them"
