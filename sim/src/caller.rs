@@ -495,6 +495,9 @@ impl World {
         if target.frames[&ticket].open.iter().all(|&open| !open) {
             target.frames.remove(&ticket);
         }
+        if self.healing && !target.again.is_empty() {
+            self.after(1_000_000, Happening::CallerActs { caller });
+        }
         Ok(())
     }
 

@@ -89,7 +89,11 @@ impl Host {
         {
             self.inbox.submits.push_back(batch);
         }
+        let asked = !self.inbox.control.is_empty()
+            || !self.inbox.submits.is_empty()
+            || !self.inbox.fetched.is_empty();
         let (durable, mut space) = self.log.batch();
+        let moved = asked || durable.is_some() || space.records > 0;
         if let Some(durable) = &durable {
             oracle.batch_durable(index, durable.bytes)?;
         }
@@ -97,7 +101,10 @@ impl Host {
             .step(now, durable, &mut self.inbox, &mut space, &mut effects);
         let (len, records) = (space.len, space.records);
         self.log.filled(len, records);
-        self.shard.audit();
+        // A step that was given nothing and appended nothing has changed nothing.
+        if moved || records > 0 || effects.urgency != Urgency::Nothing {
+            self.shard.audit();
+        }
         self.seal(now, &effects);
         for fetch in std::mem::take(&mut effects.fetches) {
             self.log

@@ -251,13 +251,16 @@ impl World {
         while !done(self) {
             let Some(((at, _), happening)) = self.queue.pop_first() else {
                 self.oracle.at_rest()?;
-                return broken("the_world_moves", format!("nothing is left to happen before {what}"));
+                return broken(
+                    "the_world_moves",
+                    format!("nothing is left to happen before {what}; {}", self.restless()),
+                );
             };
             if at > deadline || self.trace.events() > EVENTS_MAX {
                 self.oracle.at_rest()?;
                 return broken(
                     "the_world_comes_to_rest",
-                    format!("it did not within bounds: {what}"),
+                    format!("it did not within bounds: {what}; {}", self.restless()),
                 );
             }
             self.now_ns = at;
@@ -732,6 +735,18 @@ impl World {
                     && host.log.open_records() == 0
                     && host.log.can_seal()
             })
+    }
+
+    /// Who keeps the world from its rest.
+    fn restless(&self) -> String {
+        let callers = self.callers.iter().filter(|caller| !caller.idle());
+        let workers = self.workers.iter().filter(|worker| !worker.idle());
+        format!(
+            "callers {:?}, executors {:?}, administrator idle: {}",
+            callers.collect::<Vec<_>>(),
+            workers.collect::<Vec<_>>(),
+            self.administrator.idle()
+        )
     }
 
     fn check_rest(&self) -> Check {
