@@ -822,3 +822,20 @@ fn the_age_of_a_finished_task_does_not_end_the_next_one_in_its_slot() {
     rig.advance(5_000);
     assert_eq!(rig.state(third), State::Expired);
 }
+
+#[test]
+fn tasks_whose_function_is_defined_later_in_the_log_count_for_their_own_tenant() {
+    let mut rig = rig();
+    let first = rig.function("acme", "digest", FunctionConfig::default());
+    let second = rig.function("umbrella", "digest", FunctionConfig::default());
+    let defined = rig.log.len();
+    rig.lend(first, 1);
+    rig.accept(second, b"1");
+    let request = rig.accept(first, b"2");
+    let token = rig.executes()[0].1;
+    // As when configuration was written anew and the segments before it are gone.
+    rig.log.rotate_left(defined);
+    rig.restart();
+    assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(rig.state(request), State::Succeeded);
+}

@@ -137,7 +137,8 @@ impl Shard {
                 );
                 self.forget(slot);
             }
-            self.lane_mut(accepted.function, accepted.tenant);
+            // Where the log's beginning is gone, tasks come before the record of their function.
+            self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
             self.queue_mut(accepted.tenant).waiting += 1;
         }
         let mut task = Task::new(
