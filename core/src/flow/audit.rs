@@ -64,6 +64,29 @@ impl Shard {
         }
         let (mut loose, mut outcomes) = (0, 0u64);
         let mut beyond = alloc::vec![0u32; self.lanes.len()];
+        let mut waiting = alloc::vec![0u64; self.queues.len()];
+        let unsettled = self
+            .sealed
+            .iter()
+            .chain([&self.open])
+            .flat_map(|pending| &pending.facts);
+        for fact in unsettled {
+            match fact {
+                Fact::Accepted(task) if !task.leased => waiting[task.tenant.0 as usize] += 1,
+                Fact::Ended {
+                    request,
+                    state: State::Retrying,
+                    ..
+                } => waiting[self.tenant_of(request.slot().0).0 as usize] += 1,
+                Fact::Accepted(_)
+                | Fact::Ended { .. }
+                | Fact::Leased { .. }
+                | Fact::Moved { .. }
+                | Fact::Config { .. }
+                | Fact::Clock { .. }
+                | Fact::ConfigComplete { .. } => {}
+            }
+        }
         for slot in 0..self.tasks.used() {
             let Some(task) = self.tasks.get(slot) else {
                 continue;
@@ -72,10 +95,10 @@ impl Shard {
                 State::Dequeued | State::Running | State::Stopping => {
                     beyond[task.function.0 as usize] += 1
                 }
-                State::Scheduled
-                | State::Enqueued
-                | State::Retrying
-                | State::Paused
+                State::Scheduled | State::Enqueued | State::Retrying => {
+                    waiting[self.tenant_of(slot).0 as usize] += 1
+                }
+                State::Paused
                 | State::Succeeded
                 | State::Failed
                 | State::Stopped
@@ -105,6 +128,10 @@ impl Shard {
                 held.pool.in_use(),
                 in_flight,
                 "credits in use are the tasks beyond Enqueued"
+            );
+            assert_eq!(
+                held.waiting, waiting[queue],
+                "waiting tasks of tenant {queue}"
             );
         }
         for (index, lane) in self.lanes.iter().enumerate() {
