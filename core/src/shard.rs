@@ -430,6 +430,7 @@ impl Shard {
                 }
                 edge.executes.clear();
                 edge.acks.clear();
+                edge.cancels.clear();
                 for (_, _, reply) in &mut edge.replies {
                     *reply = crate::event::Reply::Refused {
                         code: Code::Unavailable,
@@ -441,6 +442,7 @@ impl Shard {
                 effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
             }
         }
+        self.refuse_who_waits(effects);
     }
 
     /// Everything before this position is dead and may be recycled.
@@ -450,6 +452,9 @@ impl Shard {
 
     /// When the next timer is due, in monotonic nanoseconds; `None` if nothing is.
     pub fn next_wake_ns(&self) -> Option<u64> {
+        if self.poisoned {
+            return None;
+        }
         let mono = [
             self.parks.first().map(|entry| entry.0),
             self.watch.first().map(|entry| entry.0),

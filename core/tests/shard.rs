@@ -5,8 +5,8 @@ mod rig;
 use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
-    event::{Control, Query, Reply, Start, Target, Verdict},
-    id::{ConnectionId, RequestId, ShardId, TenantId, Token},
+    event::{Control, Effects, Query, Reply, Start, Target, Verdict},
+    id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
 };
@@ -838,4 +838,55 @@ fn tasks_whose_function_is_defined_later_in_the_log_count_for_their_own_tenant()
     rig.restart();
     assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
     assert_eq!(rig.state(request), State::Succeeded);
+}
+
+#[test]
+fn a_failed_log_refuses_everybody_who_waits() {
+    let mut rig = Rig::new(Options {
+        shards: 2,
+        segment_bytes: 8 << 20,
+        ..Options::default()
+    });
+    for (ticket, name) in [(1, "acme"), (2, "umbrella")] {
+        rig.inbox.control.push_back(Control::Configure {
+            connection: CALLER,
+            ticket,
+            wish: Wish::EnsureFunction {
+                tenant: name.into(),
+                name: "digest".into(),
+            },
+        });
+    }
+    rig.settle();
+    let function = FunctionId(0);
+    let request = rig.accept(function, b"x");
+    let ask = |ticket, query| Control::Query {
+        connection: CALLER,
+        ticket,
+        tenant: TenantId(0),
+        query,
+    };
+    let target = Target::Request(request);
+    let (wait, stop) = (
+        Query::Wait {
+            target: target.clone(),
+        },
+        Query::Stop { target },
+    );
+    rig.inbox.control.push_back(ask(3, wait));
+    rig.inbox.control.push_back(ask(4, stop.clone()));
+    rig.inbox.control.push_back(ask(5, stop));
+    rig.step(None);
+    assert!(rig.out.replies.is_empty());
+    let mut effects = Effects::default();
+    rig.shard.on_poisoned(&mut effects);
+    let mut refused: Vec<u64> = effects.edges[0]
+        .replies
+        .iter()
+        .filter(|(_, _, reply)| matches!(reply, Reply::Refused { code, .. } if *code == Code::Unavailable))
+        .map(|&(_, ticket, _)| ticket)
+        .collect();
+    refused.sort_unstable();
+    assert_eq!(refused, [1, 2, 3, 4, 5]);
+    assert_eq!(rig.shard.next_wake_ns(), None);
 }

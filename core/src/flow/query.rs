@@ -290,6 +290,47 @@ impl Shard {
         }
     }
 
+    /// The log has failed: questions and wishes that were taken and not answered are refused, waits included. A wish may
+    /// be carried out nevertheless: its record may have reached the disk.
+    pub(crate) fn refuse_who_waits(&mut self, effects: &mut Effects) {
+        let mut waiting: Vec<(ConnectionId, u64)> = Vec::new();
+        for control in self.deferred.drain(..) {
+            if let Control::Query {
+                connection, ticket, ..
+            } = control
+            {
+                waiting.push((connection, ticket));
+            }
+        }
+        let carried = self.carried.take();
+        waiting.extend(carried.map(|carried| (carried.connection, carried.ticket)));
+        waiting.extend(
+            self.wishes
+                .drain(..)
+                .map(|(connection, ticket, _)| (connection, ticket)),
+        );
+        for slot in 0..self.tasks.used() {
+            let mut at = self.tasks.get(slot).map_or(NIL, |task| task.waiter);
+            while at != NIL {
+                let waiter = self.waiters[at as usize];
+                if waiter.index == u32::MAX {
+                    waiting.push((waiter.connection, waiter.ticket));
+                }
+                at = waiter.next;
+            }
+        }
+        for (connection, ticket) in waiting {
+            let reply = Reply::Refused {
+                code: Code::Unavailable,
+                what: LOG_FAILED,
+            };
+            effects
+                .edge(connection.edge())
+                .replies
+                .push((connection, ticket, reply));
+        }
+    }
+
     /// A shard whose log has failed answers everything with the reason.
     pub(crate) fn refuse_everything(&mut self, inbox: &mut Inbox, effects: &mut Effects) {
         while let Some(batch) = inbox.submits.pop_front() {
