@@ -7,8 +7,8 @@ use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
     event::{
-        Answer, Control, Durability, Filter, Finished, Query, Reply, Start, SubmitBatch, SubmitTask,
-        Target, stow,
+        Answer, Control, Durability, Filter, Finished, Query, Reply, Start, SubmitBatch,
+        SubmitTask, Target, stow,
     },
     id::{CellId, ConnectionId, RequestId, TenantId, place},
     state::State,
@@ -103,6 +103,8 @@ impl Administrator {
 #[derive(Debug)]
 pub(crate) struct Frame {
     pub(crate) intents: Vec<u32>,
+    /// Which shard has which task.
+    pub(crate) shards: Vec<usize>,
     pub(crate) answered: Vec<bool>,
 }
 
@@ -110,6 +112,7 @@ pub(crate) struct Frame {
 #[derive(Debug)]
 pub(crate) struct Question {
     pub(crate) tenant: TenantId,
+    pub(crate) shard: usize,
     pub(crate) request: Option<RequestId>,
     pub(crate) wish: bool,
 }
@@ -270,7 +273,11 @@ impl World {
             10 => Start::DelayMs(r.below(20)),
             _ => Start::AtMs((wall_ms + r.below(4_000)).saturating_sub(500)),
         };
-        let tags = if r.one_in(8) { vec![3, b'a', b'=', b'b'] } else { Vec::new() };
+        let tags = if r.one_in(8) {
+            vec![3, b'a', b'=', b'b']
+        } else {
+            Vec::new()
+        };
         Intent {
             number,
             tenant,
@@ -303,9 +310,16 @@ impl World {
     /// The cell that an edge chooses: a key places its tasks, else a name does; what has neither goes anywhere.
     fn cell_of(&mut self, intent: &Intent, tenant: &str) -> CellId {
         let function = &self.directory.functions()[intent.function.0 as usize].name;
-        let by = if intent.key.is_empty() { &intent.task_id } else { &intent.key };
+        let by = if intent.key.is_empty() {
+            &intent.task_id
+        } else {
+            &intent.key
+        };
         if by.is_empty() {
-            CellId(self.random.below(u64::from(pelton_core::limits::CELL_COUNT)) as u16)
+            CellId(
+                self.random
+                    .below(u64::from(pelton_core::limits::CELL_COUNT)) as u16,
+            )
         } else {
             place(tenant, function, by)
         }
@@ -325,10 +339,13 @@ impl World {
         let notify = self.random.one_in(2);
         let with_result = self.random.one_in(2);
         let mut parts: BTreeMap<usize, Box<SubmitBatch>> = BTreeMap::new();
+        let mut shards = Vec::new();
         for (index, &number) in intents.iter().enumerate() {
             let intent = self.oracle.intents[number as usize].clone();
             let cell = self.cell_of(&intent, &tenant_name);
-            let part = parts.entry(self.shard_of(cell)).or_insert_with(|| {
+            let shard = self.shard_of(cell);
+            shards.push(shard);
+            let part = parts.entry(shard).or_insert_with(|| {
                 Box::new(SubmitBatch {
                     connection,
                     ticket,
@@ -361,16 +378,18 @@ impl World {
             intent.flying += 1;
             intent.refused = false;
         }
-        self.trace
-            .event(self.now_ns, &[20, caller as u64, intents.len() as u64], || {
-                format!("caller {caller} hands in {intents:?} as {connection:?} {ticket}")
-            });
+        self.trace.event(
+            self.now_ns,
+            &[20, caller as u64, intents.len() as u64],
+            || format!("caller {caller} hands in {intents:?} as {connection:?} {ticket}"),
+        );
         let answered = vec![false; intents.len()];
         let open = vec![true; intents.len()];
         self.frames.insert(
             (connection, ticket),
             Frame {
                 intents: intents.clone(),
+                shards,
                 answered,
             },
         );
@@ -397,7 +416,9 @@ impl World {
         let Some(frame) = self.frames.get_mut(&(connection, ticket)) else {
             return broken(
                 "answered_once",
-                format!("shard {shard} answers frame {ticket} of {connection:?}, which has no more tasks"),
+                format!(
+                    "shard {shard} answers frame {ticket} of {connection:?}, which has no more tasks"
+                ),
             );
         };
         for answer in answers {
@@ -411,7 +432,12 @@ impl World {
             let number = frame.intents[index];
             self.trace.event(
                 self.now_ns,
-                &[21, u64::from(number), answer.code as u64, answer.request.0 as u64],
+                &[
+                    21,
+                    u64::from(number),
+                    answer.code as u64,
+                    answer.request.0 as u64,
+                ],
                 || {
                     format!(
                         "shard {shard} answers intent {number}: {} {} duplicate {} durable {}",
@@ -436,6 +462,31 @@ impl World {
         Ok(())
     }
 
+    /// A shard whose log has failed has answered all that it was given, waits included.
+    pub(crate) fn check_poisoned(&self, shard: usize) -> Check {
+        let host = &self.hosts[shard];
+        if !host.at_edges.is_empty() || !host.inbox.control.is_empty() {
+            return Ok(());
+        }
+        let question = self
+            .questions
+            .iter()
+            .find(|(_, question)| question.shard == shard);
+        let frame = self.frames.iter().find(|(_, frame)| {
+            let mut tasks = frame.shards.iter().zip(&frame.answered);
+            tasks.any(|(&of, &answered)| of == shard && !answered)
+        });
+        match question.map(|found| found.0).or(frame.map(|found| found.0)) {
+            Some((connection, ticket)) => broken(
+                "a_failed_log_is_told",
+                format!(
+                    "shard {shard} has failed and leaves {ticket} of {connection:?} without an answer"
+                ),
+            ),
+            None => Ok(()),
+        }
+    }
+
     fn caller_of(&self, connection: ConnectionId) -> Option<usize> {
         self.callers
             .iter()
@@ -454,7 +505,10 @@ impl World {
         let notify = self.notifying.contains(&(connection, ticket));
         for answer in answers {
             let Some(frame) = self.callers[caller].frames.get_mut(&ticket) else {
-                return broken("answered_once", format!("frame {ticket} is answered too often"));
+                return broken(
+                    "answered_once",
+                    format!("frame {ticket} is answered too often"),
+                );
             };
             let number = frame.intents[answer.index as usize];
             frame.open[answer.index as usize] = false;
@@ -485,7 +539,8 @@ impl World {
                     self.callers[caller].again.push_back(number);
                 }
                 _ => {
-                    let settled = intent.flying == 0 && !intent.unknown && intent.answered.is_none();
+                    let settled =
+                        intent.flying == 0 && !intent.unknown && intent.answered.is_none();
                     // A given name may stand for a task that was accepted before.
                     intent.refused = settled && !named;
                 }
@@ -509,11 +564,15 @@ impl World {
                 format!("{} is told to {connection:?}", finished.request),
             );
         };
-        self.trace
-            .event(self.now_ns, &[22, finished.request.0 as u64, finished.state as u64], || {
-                format!("{} is told to be {}", finished.request, finished.state)
-            });
+        self.trace.event(
+            self.now_ns,
+            &[22, finished.request.0 as u64, finished.state as u64],
+            || format!("{} is told to be {}", finished.request, finished.state),
+        );
         self.oracle.finished_leaves(tenant, finished, bytes)?;
+        if finished.index == u32::MAX {
+            self.questions.remove(&(connection, finished.ticket));
+        }
         let delay = self.around(100_000);
         let finished = *finished;
         self.after(
@@ -539,7 +598,10 @@ impl World {
         if !target.told.insert(spot) {
             return broken(
                 "told_once",
-                format!("the end of {} is told twice to {connection:?}", finished.request),
+                format!(
+                    "the end of {} is told twice to {connection:?}",
+                    finished.request
+                ),
             );
         }
         target.promised.remove(&spot);
@@ -564,8 +626,7 @@ impl World {
         let kind = self.random.below(10);
         if known == 0 || kind == 0 {
             let filter = Filter {
-                state: (self.random.one_in(2))
-                    .then(|| State::ALL[self.random.below(12) as usize]),
+                state: (self.random.one_in(2)).then(|| State::ALL[self.random.below(12) as usize]),
                 function: None,
                 cursor: 0,
                 limit: 1 + self.random.below(40) as u32,
@@ -622,12 +683,15 @@ impl World {
             (connection, ticket),
             Question {
                 tenant,
+                shard,
                 request,
                 wish,
             },
         );
         self.trace
-            .event(self.now_ns, &[23, caller as u64, ticket], || format!("caller {caller} asks {query:?} as {ticket}"));
+            .event(self.now_ns, &[23, caller as u64, ticket], || {
+                format!("caller {caller} asks {query:?} as {ticket}")
+            });
         self.tell(
             shard,
             Control::Query {
@@ -647,8 +711,11 @@ impl World {
         reply: Reply,
         poisoned: bool,
     ) -> Check {
-        self.trace
-            .event(self.now_ns, &[24, shard as u64, connection.0, ticket], || format!("shard {shard} replies to {connection:?} {ticket}: {reply:?}"));
+        self.trace.event(
+            self.now_ns,
+            &[24, shard as u64, connection.0, ticket],
+            || format!("shard {shard} replies to {connection:?} {ticket}: {reply:?}"),
+        );
         if let Some(question) = self.questions.remove(&(connection, ticket)) {
             self.oracle
                 .reply_leaves(question.tenant, question.request, &reply, poisoned)?;
@@ -802,12 +869,14 @@ impl World {
             (connection, ticket),
             Question {
                 tenant: TenantId(0),
+                shard: 0,
                 request: None,
                 wish: true,
             },
         );
-        self.trace
-            .event(self.now_ns, &[25, ticket], || format!("wish {ticket}: {wish:?}"));
+        self.trace.event(self.now_ns, &[25, ticket], || {
+            format!("wish {ticket}: {wish:?}")
+        });
         self.tell(
             0,
             Control::Configure {
@@ -881,7 +950,12 @@ impl World {
                 .insert((tenant.clone(), name.clone()), *config);
         }
         for (name, config) in &self.administrator.confirmed {
-            for (index, host) in self.hosts.iter().enumerate().filter(|(_, host)| !host.poisoned) {
+            for (index, host) in self
+                .hosts
+                .iter()
+                .enumerate()
+                .filter(|(_, host)| !host.poisoned)
+            {
                 let found = host.shard.directory();
                 let id = found
                     .tenant_id(&name.0)

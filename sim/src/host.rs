@@ -138,18 +138,14 @@ impl Host {
         let sealed_empty = self.log.has_durable().then_some(now_ns);
         let again = (!self.inbox.control.is_empty()
             || !self.inbox.submits.is_empty()
-            || !self.inbox.fetched.is_empty()
+            || (!self.inbox.fetched.is_empty() && !self.poisoned)
             || !self.at_edges.is_empty())
         .then_some(now_ns + AGAIN_NS);
         let soon = self
             .soon_since_ns
             .filter(|_| self.log.can_seal())
             .map(|since| (since + SOON_NS).max(now_ns + 1_000));
-        let timer = self
-            .shard
-            .next_wake_ns()
-            .filter(|_| !self.poisoned)
-            .map(|at| at.max(now_ns + 500_000));
+        let timer = self.shard.next_wake_ns().map(|at| at.max(now_ns + 500_000));
         let log = self
             .log
             .next_wake_ns(now_ns)

@@ -302,12 +302,7 @@ impl Oracle {
                     require(
                         wanted.answered.is_none_or(|answered| answered == request),
                         "accepted_once",
-                        || {
-                            format!(
-                                "intent {intent} is {request} and was {:?}",
-                                wanted.answered
-                            )
-                        },
+                        || format!("intent {intent} is {request} and was {:?}", wanted.answered),
                     )?;
                 }
                 if wanted.task_id.is_empty() {
@@ -399,12 +394,16 @@ impl Oracle {
                     "one_terminal_state",
                     || format!("{request} ends as {state} and was {}", task.state),
                 )?;
-                require(token == task.token, "no_outcome_under_a_stale_token", || {
-                    format!(
-                        "{request} ends under {token:?}, its lease is {:?}",
-                        task.token
-                    )
-                })?;
+                require(
+                    token == task.token,
+                    "no_outcome_under_a_stale_token",
+                    || {
+                        format!(
+                            "{request} ends under {token:?}, its lease is {:?}",
+                            task.token
+                        )
+                    },
+                )?;
                 task.outcomes += 1;
                 require(
                     task.outcomes <= u32::from(retries_max) + 1,
@@ -636,11 +635,18 @@ impl Oracle {
                 require(
                     answer.duplicate || task.intent == number,
                     "duplicate_is_told",
-                    || format!("intent {number} is {request}, which intent {} made", task.intent),
+                    || {
+                        format!(
+                            "intent {number} is {request}, which intent {} made",
+                            task.intent
+                        )
+                    },
                 )?;
-                require(first.payload == intent.payload, "other_payload_is_refused", || {
-                    format!("intent {number} is answered with {request} of another payload")
-                })
+                require(
+                    first.payload == intent.payload,
+                    "other_payload_is_refused",
+                    || format!("intent {number} is answered with {request} of another payload"),
+                )
             }
             Code::Ok => require(
                 intent.durability == Durability::Memory && !answer.duplicate,
@@ -698,11 +704,9 @@ impl Oracle {
                 format!("{request} is sent to its executor before it is on disk"),
             );
         };
-        require(
-            !task.state.terminal(),
-            "no_execute_after_the_end",
-            || format!("{request} is sent as {token:?} and was {}", task.state),
-        )?;
+        require(!task.state.terminal(), "no_execute_after_the_end", || {
+            format!("{request} is sent as {token:?} and was {}", task.state)
+        })?;
         require(task.token == token, "lease_is_durable", || {
             format!(
                 "{request} is sent as {token:?}, the disk has {:?}",
@@ -841,7 +845,12 @@ impl Oracle {
                 require(
                     task.state.terminal() || task.state == *state,
                     "stop_is_durable",
-                    || format!("{asked:?} is told to be {state}, the disk says {}", task.state),
+                    || {
+                        format!(
+                            "{asked:?} is told to be {state}, the disk says {}",
+                            task.state
+                        )
+                    },
                 )
             }
             Reply::Refused { code, .. } => require(
@@ -894,7 +903,10 @@ impl Oracle {
                         task.function.0,
                         task.key,
                         task.state,
-                        self.disks.iter().map(|disk| disk.unfinished.len()).sum::<usize>(),
+                        self.disks
+                            .iter()
+                            .map(|disk| disk.unfinished.len())
+                            .sum::<usize>(),
                         self.tasks.len()
                     ),
                 );
@@ -937,13 +949,19 @@ pub fn result_of(request: RequestId, token: Token) -> Vec<u8> {
         255 => 70 << 10,
         other => other as usize * 6,
     };
-    word.to_le_bytes().iter().copied().cycle().take(len).collect()
+    word.to_le_bytes()
+        .iter()
+        .copied()
+        .cycle()
+        .take(len)
+        .collect()
 }
 
 /// The acknowledgement of a frame covers what the frame had.
 pub fn ack_fits(ack: &OutcomeAck, outcomes: usize) -> Check {
     require(
-        ack.count as usize == outcomes && ack.refused.iter().all(|&(at, _)| (at as usize) < outcomes),
+        ack.count as usize == outcomes
+            && ack.refused.iter().all(|&(at, _)| (at as usize) < outcomes),
         "acknowledgement_fits",
         || format!("{} outcomes of {outcomes} are acknowledged", ack.count),
     )

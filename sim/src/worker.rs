@@ -108,8 +108,9 @@ impl World {
         let target = &mut self.workers[worker];
         target.connection = Some(connection);
         let (executor, untold) = (target.id, target.untold.take());
-        self.trace
-            .event(self.now_ns, &[30, executor], || format!("executor {executor} connects as {connection:?}"));
+        self.trace.event(self.now_ns, &[30, executor], || {
+            format!("executor {executor} connects as {connection:?}")
+        });
         for shard in 0..self.hosts.len() {
             self.tell(
                 shard,
@@ -244,10 +245,11 @@ impl World {
         bytes: &[u8],
     ) -> Check {
         let (connection, request, token) = (execute.connection, execute.request, execute.token);
-        self.trace
-            .event(self.now_ns, &[31, request.0 as u64, u64::from(token.attempt)], || {
-                format!("shard {shard} sends {request} {token:?} to {connection:?}")
-            });
+        self.trace.event(
+            self.now_ns,
+            &[31, request.0 as u64, u64::from(token.attempt)],
+            || format!("shard {shard} sends {request} {token:?} to {connection:?}"),
+        );
         self.oracle.execute_leaves(execute, bytes)?;
         let Some(worker) = self.worker_of(connection) else {
             return Ok(());
@@ -256,12 +258,19 @@ impl World {
         let line = &mut self.workers[worker].lines[shard];
         line.ever.insert((request, token));
         line.out.insert((request, token), function);
-        let out = line.out.values().filter(|&&other| other == function).count();
+        let out = line
+            .out
+            .values()
+            .filter(|&&other| other == function)
+            .count();
         let lent = line.lent.get(&function).copied().unwrap_or(0);
         if out > lent as usize {
             return broken(
                 "slots_are_not_exceeded",
-                format!("shard {shard}: {out} attempts of function {} are out, {lent} slots are lent", function.0),
+                format!(
+                    "shard {shard}: {out} attempts of function {} are out, {lent} slots are lent",
+                    function.0
+                ),
             );
         }
         let index = execute.index;
@@ -442,10 +451,11 @@ impl World {
                 outcome
             })
             .collect();
-        self.trace
-            .event(self.now_ns, &[32, worker as u64, shard as u64, ticket], || {
-                format!("executor {worker} sends shard {shard} frame {ticket}: {outcomes:?}")
-            });
+        self.trace.event(
+            self.now_ns,
+            &[32, worker as u64, shard as u64, ticket],
+            || format!("executor {worker} sends shard {shard} frame {ticket}: {outcomes:?}"),
+        );
         self.sendings
             .insert((connection, ticket), Sending { outcomes });
         self.tell(
@@ -471,11 +481,16 @@ impl World {
 
     pub(crate) fn acknowledgement_leaves(&mut self, shard: usize, ack: OutcomeAck) -> Check {
         self.trace
-            .event(self.now_ns, &[33, shard as u64, ack.ticket], || format!("shard {shard} confirms {ack:?}"));
+            .event(self.now_ns, &[33, shard as u64, ack.ticket], || {
+                format!("shard {shard} confirms {ack:?}")
+            });
         let Some(sending) = self.sendings.remove(&(ack.connection, ack.ticket)) else {
             return broken(
                 "answered_once",
-                format!("frame {} of {:?} is confirmed and was not sent", ack.ticket, ack.connection),
+                format!(
+                    "frame {} of {:?} is confirmed and was not sent",
+                    ack.ticket, ack.connection
+                ),
             );
         };
         ack_fits(&ack, sending.outcomes.len())?;
@@ -542,8 +557,9 @@ impl World {
             return;
         }
         let executor = target.id;
-        self.trace
-            .event(self.now_ns, &[34, executor], || format!("executor {executor} loses its connection"));
+        self.trace.event(self.now_ns, &[34, executor], || {
+            format!("executor {executor} loses its connection")
+        });
         if self.random.one_in(3) {
             // The edge finds out only when it comes back.
             self.workers[worker].untold = Some(connection);
