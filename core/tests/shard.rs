@@ -595,7 +595,7 @@ fn a_failed_log_answers_unavailable() {
     let batch = rig.task(function, "", "", b"x");
     rig.post(batch);
     rig.step(None);
-    let mut effects = pelton_core::event::Effects::default();
+    let mut effects = Effects::default();
     rig.shard.on_poisoned(&mut effects);
     assert_eq!(
         effects.edge(CALLER.edge()).answers[0].code,
