@@ -890,3 +890,27 @@ fn a_failed_log_refuses_everybody_who_waits() {
     assert_eq!(refused, [1, 2, 3, 4, 5]);
     assert_eq!(rig.shard.next_wake_ns(), None);
 }
+
+#[test]
+fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    assert_eq!(rig.executes().len(), 1);
+    let target = Target::Request(request);
+    rig.query(Query::Stop { target });
+    assert_eq!(rig.state(request), State::Stopping);
+    rig.inbox.control.push_back(Control::SessionOpened {
+        executor: EXECUTOR,
+        connection: ConnectionId(3),
+    });
+    rig.inbox.control.push_back(Control::LeasesPresented {
+        executor: EXECUTOR,
+        connection: ConnectionId(3),
+        ticket: 1,
+        leases: vec![],
+    });
+    rig.settle();
+    assert_eq!(rig.state(request), State::Stopped);
+}

@@ -72,7 +72,15 @@ impl Shard {
                 ticket,
                 leases,
             } => {
-                self.leases_presented(executor, connection, ticket, &leases, effects);
+                if space.room() < self.room_to_present(executor) {
+                    return Some(Control::LeasesPresented {
+                        executor,
+                        connection,
+                        ticket,
+                        leases,
+                    });
+                }
+                self.leases_presented(executor, connection, ticket, &leases, space, effects);
             }
             Control::SessionLost {
                 executor,

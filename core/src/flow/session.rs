@@ -3,12 +3,18 @@
 use alloc::{collections::BTreeMap, vec::Vec};
 
 use crate::{
+    error::Code,
     event::{Effects, Reply},
     id::{ConnectionId, FunctionId, RequestId, Token},
+    record::{BatchSpace, record_bytes},
     shard::{Binding, Session, Shard},
     state::State,
     table::task::*,
 };
+
+/// Tasks that end at once when their executor comes back without them; more end with their timeout.
+const STOPPED_AT_ONCE_MAX: usize = 1024;
+const STOPPED_ERROR: &str = "the executor came back without the attempt that it was to stop";
 
 impl Shard {
     pub(crate) fn session_opened(&mut self, executor: u64, connection: ConnectionId) {
@@ -97,13 +103,39 @@ impl Shard {
         binding
     }
 
-    /// Keeps the leases that the executor holds and frees those that never reached it.
+    /// Bytes that [`Shard::leases_presented`] may append: an end for each task that is being stopped.
+    pub(crate) fn room_to_present(&self, executor: u64) -> usize {
+        let stopping = self.running_at(executor).filter(|&slot| {
+            let task = &self.tasks[slot];
+            task.state() == State::Stopping && !task.has(FLAG_BUSY)
+        });
+        stopping.count().min(STOPPED_AT_ONCE_MAX) * record_bytes(STOPPED_ERROR.len())
+    }
+
+    /// The leased tasks of an executor.
+    fn running_at(&self, executor: u64) -> impl Iterator<Item = u32> + '_ {
+        let bindings = self
+            .sessions
+            .get(&executor)
+            .map(|session| &session.bindings);
+        bindings.into_iter().flatten().flat_map(|&binding| {
+            let head = self.bindings[binding as usize].running.head;
+            core::iter::successors((head != NIL).then_some(head), |&slot| {
+                let next = self.tasks[slot].next;
+                (next != NIL).then_some(next)
+            })
+        })
+    }
+
+    /// Keeps the leases that the executor holds and frees those that never reached it; a task that was being stopped
+    /// and did not reach it has stopped.
     pub(crate) fn leases_presented(
         &mut self,
         executor: u64,
         connection: ConnectionId,
         ticket: u64,
         leases: &[(RequestId, Token)],
+        space: &mut BatchSpace<'_>,
         effects: &mut Effects,
     ) {
         if self
@@ -114,14 +146,7 @@ impl Shard {
             return;
         }
         let mut kept = Vec::new();
-        let mut undelivered: Vec<u32> = Vec::new();
-        for &binding in &self.sessions[&executor].bindings {
-            let mut slot = self.bindings[binding as usize].running.head;
-            while slot != NIL {
-                undelivered.push(slot);
-                slot = self.tasks[slot].next;
-            }
-        }
+        let undelivered: Vec<u32> = self.running_at(executor).collect();
         let mut presented: Vec<u32> = Vec::new();
         for &(request, token) in leases {
             let Some(slot) = self.tasks.find(request) else {
@@ -165,13 +190,18 @@ impl Shard {
             self.recount(binding, before);
         }
         presented.sort_unstable();
+        let mut stopped = 0;
         for slot in undelivered {
             let task = &self.tasks[slot];
-            if presented.binary_search(&slot).is_err()
-                && task.state() == State::Running
-                && !task.has(FLAG_BUSY)
-            {
+            if presented.binary_search(&slot).is_ok() || task.has(FLAG_BUSY) {
+                continue;
+            }
+            if task.state() == State::Running {
                 self.release(slot);
+            } else if stopped < STOPPED_AT_ONCE_MAX {
+                stopped += 1;
+                self.leave_executor(slot);
+                self.fail_attempt(slot, Code::Unavailable, STOPPED_ERROR, space);
             }
         }
         effects
