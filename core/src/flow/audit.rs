@@ -183,21 +183,21 @@ impl Shard {
                 "function {index}: in flight, promised, unsettled, behind keys, waiting"
             );
         }
-        let bound = self
-            .sessions
-            .iter()
-            .flat_map(|(id, session)| session.bindings.iter().map(move |&binding| (id, binding)));
-        for (executor, binding) in bound {
-            let binding = &self.bindings[binding as usize];
-            assert_eq!(
-                (binding.used, binding.running.count),
-                (0, 0),
-                "slots of executor {executor} for function {}: used, running",
-                binding.function.0
+        for (executor, session) in &self.sessions {
+            assert!(
+                session.overdue.is_empty() || !session.connected,
+                "overdue attempts of executor {executor} are answered"
             );
-        }
-        for session in self.sessions.values() {
-            assert!(session.overdue.is_empty(), "overdue attempts are answered");
+            for &index in &session.bindings {
+                let binding = &self.bindings[index as usize];
+                let overdue = session.overdue.values().filter(|&&other| other == index);
+                assert_eq!(
+                    (binding.used, binding.running.count),
+                    (overdue.count() as u32, 0),
+                    "slots of executor {executor} for function {}: used, running",
+                    binding.function.0
+                );
+            }
         }
         assert_eq!(self.orphans.count, 0, "orphans");
         assert_eq!(self.blobs.bytes(), 0, "bytes of waiting tasks");
