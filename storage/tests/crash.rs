@@ -1,5 +1,9 @@
 //! The log over a disk whose power fails: nothing accepted is lost, what was not accepted is lost or kept whole, and
 //! damage to what was accepted is named.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a helper of a test fails as the test does"
+)]
 
 use pelton_core::{
     id::Lsn,
