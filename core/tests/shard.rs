@@ -914,3 +914,41 @@ fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
     rig.settle();
     assert_eq!(rig.state(request), State::Stopped);
 }
+
+#[test]
+fn configuration_that_is_written_anew_does_not_undo_a_change_on_its_way_to_the_disk() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 4 << 20,
+        finished_max: 1,
+        ..Options::default()
+    });
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let before = rig.shard.retire_before();
+    for round in 1..60 {
+        let config = FunctionConfig {
+            concurrency: round,
+            ..FunctionConfig::default()
+        };
+        let wish = Wish::SetFunction {
+            tenant: "acme".into(),
+            name: "digest".into(),
+            config,
+        };
+        rig.post(rig.task(function, "", "", &vec![0; 1 << 20]));
+        rig.step(None);
+        // The wish arrives with the flush, at which a new segment may begin and with it the writing anew.
+        rig.inbox.control.push_back(Control::Configure {
+            connection: CALLER,
+            ticket: 2,
+            wish,
+        });
+        rig.settle();
+        let request = rig.out.answers.pop().expect("a submit is answered").request;
+        rig.query(Query::Stop {
+            target: Target::Request(request),
+        });
+        let found = rig.shard.directory().function(function).unwrap().config;
+        assert_eq!(found, config);
+    }
+    assert!(rig.shard.retire_before() > before, "segments were retired");
+}
