@@ -37,6 +37,8 @@ pub struct Host {
     pub disk_busy: bool,
     /// Until when its disk is slow.
     pub slow_until_ns: u64,
+    /// Until when none of its records can be read.
+    pub unreadable_until_ns: u64,
     /// Its log has failed.
     pub poisoned: bool,
     soon_since_ns: Option<u64>,
@@ -56,6 +58,7 @@ impl Host {
             turn_at_ns: None,
             disk_busy: false,
             slow_until_ns: 0,
+            unreadable_until_ns: 0,
             poisoned: false,
             soon_since_ns: None,
         }
