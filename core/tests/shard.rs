@@ -5,7 +5,7 @@ mod rig;
 use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
-    event::{Control, Effects, Query, Reply, Start, Target, Verdict},
+    event::{Control, Effects, Outcome, OutcomeBatch, Query, Reply, Span, Start, Target, Verdict},
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
@@ -951,4 +951,41 @@ fn configuration_that_is_written_anew_does_not_undo_a_change_on_its_way_to_the_d
         assert_eq!(found, config);
     }
     assert!(rig.shard.retire_before() > before, "segments were retired");
+}
+
+#[test]
+fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 0,
+        timeout_ms: 1_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 1);
+    let first = rig.accept(function, b"1");
+    let token = rig.executes()[0].1;
+    rig.advance(2_000);
+    rig.accept(function, b"2");
+    for (connection, sent) in [(ConnectionId(3), 0), (WORKER, 1)] {
+        let outcome = Outcome {
+            request: first,
+            token,
+            verdict: Verdict::Succeeded,
+            code: Code::Ok,
+            error: Span::default(),
+            output: Span::default(),
+            result: Span::default(),
+        };
+        rig.inbox.control.push_back(Control::Outcomes(OutcomeBatch {
+            connection,
+            ticket: 1,
+            outcomes: vec![outcome],
+            bytes: vec![],
+            done: 0,
+            refused: vec![],
+        }));
+        rig.settle();
+        assert_eq!(rig.executes().len(), sent);
+    }
 }
