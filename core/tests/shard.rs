@@ -5,7 +5,11 @@ mod rig;
 use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
+<<<<<<< HEAD
     event::{Control, Effects, Query, Reply, Start, Target, Verdict},
+=======
+    event::{Control, Effects, Outcome, OutcomeBatch, Query, Reply, Span, Start, Target, Verdict},
+>>>>>>> sim
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
@@ -914,3 +918,81 @@ fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
     rig.settle();
     assert_eq!(rig.state(request), State::Stopped);
 }
+<<<<<<< HEAD
+=======
+
+#[test]
+fn configuration_that_is_written_anew_does_not_undo_a_change_on_its_way_to_the_disk() {
+    let mut rig = Rig::new(Options {
+        segment_bytes: 4 << 20,
+        finished_max: 1,
+        ..Options::default()
+    });
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let before = rig.shard.retire_before();
+    for round in 1..60 {
+        let config = FunctionConfig {
+            concurrency: round,
+            ..FunctionConfig::default()
+        };
+        let wish = Wish::SetFunction {
+            tenant: "acme".into(),
+            name: "digest".into(),
+            config,
+        };
+        rig.post(rig.task(function, "", "", &vec![0; 1 << 20]));
+        rig.step(None);
+        // The wish arrives with the flush, at which a new segment may begin and with it the writing anew.
+        rig.inbox.control.push_back(Control::Configure {
+            connection: CALLER,
+            ticket: 2,
+            wish,
+        });
+        rig.settle();
+        let request = rig.out.answers.pop().expect("a submit is answered").request;
+        rig.query(Query::Stop {
+            target: Target::Request(request),
+        });
+        let found = rig.shard.directory().function(function).unwrap().config;
+        assert_eq!(found, config);
+    }
+    assert!(rig.shard.retire_before() > before, "segments were retired");
+}
+
+#[test]
+fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 0,
+        timeout_ms: 1_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 1);
+    let first = rig.accept(function, b"1");
+    let token = rig.executes()[0].1;
+    rig.advance(2_000);
+    rig.accept(function, b"2");
+    for (connection, sent) in [(ConnectionId(3), 0), (WORKER, 1)] {
+        let outcome = Outcome {
+            request: first,
+            token,
+            verdict: Verdict::Succeeded,
+            code: Code::Ok,
+            error: Span::default(),
+            output: Span::default(),
+            result: Span::default(),
+        };
+        rig.inbox.control.push_back(Control::Outcomes(OutcomeBatch {
+            connection,
+            ticket: 1,
+            outcomes: vec![outcome],
+            bytes: vec![],
+            done: 0,
+            refused: vec![],
+        }));
+        rig.settle();
+        assert_eq!(rig.executes().len(), sent);
+    }
+}
+>>>>>>> sim

@@ -37,6 +37,11 @@ pub struct Host {
     pub disk_busy: bool,
     /// Until when its disk is slow.
     pub slow_until_ns: u64,
+<<<<<<< HEAD
+=======
+    /// Until when none of its records can be read.
+    pub unreadable_until_ns: u64,
+>>>>>>> sim
     /// Its log has failed.
     pub poisoned: bool,
     soon_since_ns: Option<u64>,
@@ -56,6 +61,10 @@ impl Host {
             turn_at_ns: None,
             disk_busy: false,
             slow_until_ns: 0,
+<<<<<<< HEAD
+=======
+            unreadable_until_ns: 0,
+>>>>>>> sim
             poisoned: false,
             soon_since_ns: None,
         }

@@ -236,12 +236,36 @@ impl Survey {
                 survey.dead.push(file);
                 continue;
             }
+            // Preparation that failed half-way leaves it twice within one epoch: what holds a batch is the segment.
+            if known == Some(header.epoch)
+                && survey.holds_batch(device, &survey.segments[&header.segment])?
+            {
+                survey.dead.push(file);
+                continue;
+            }
             epochs.insert(header.segment, header.epoch);
             if let Some(older) = survey.segments.insert(header.segment, segment) {
                 survey.dead.push(older.file);
             }
         }
         Ok(survey)
+    }
+
+    /// True if a sound batch stands anywhere in this segment.
+    fn holds_batch<D: Device>(
+        &self,
+        device: &mut D,
+        segment: &Segment,
+    ) -> Result<bool, RecoverError> {
+        let mut reader = Reader::new(device);
+        let mut offset = SEGMENT_DATA_OFFSET;
+        while offset < self.segment_bytes {
+            if reader.batch(self, segment, offset)?.is_some() {
+                return Ok(true);
+            }
+            offset += BLOCK_BYTES as u64;
+        }
+        Ok(false)
     }
 
     fn corrupt(&self, at: Lsn, what: &'static str) -> RecoverError {

@@ -1,5 +1,9 @@
 //! The log over a disk whose power fails: nothing accepted is lost, what was not accepted is lost or kept whole, and
 //! damage to what was accepted is named.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a helper of a test fails as the test does"
+)]
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -419,4 +423,34 @@ fn a_record_is_read_back_and_one_that_cannot_be_is_reported_lost() {
         }
     }
     panic!("three tries are enough");
+}
+
+#[test]
+fn a_segment_whose_preparation_failed_half_way_does_not_hide_the_one_that_took_its_number() {
+    let mut rig = Rig::new(12);
+    while rig.log.as_ref().unwrap().stats().prepared_segments < 2 {
+        rig.run();
+    }
+    let log = rig.log.as_mut().unwrap();
+    // The next file is made, named and given its header; reading that back fails.
+    log.device().fail_next_read();
+    while rig.log.as_ref().unwrap().stats().prepare_failures == 0 {
+        rig.append(4_000);
+        rig.settle();
+    }
+    rig.append(10);
+    rig.settle();
+    // The first segment dies, and its file, with a smaller name, becomes the segment of the same number.
+    let retired = rig.appended.last().unwrap().0.0 / OPTIONS.segment_bytes;
+    rig.retired = Lsn(retired * OPTIONS.segment_bytes);
+    rig.log.as_mut().unwrap().retire_before(rig.retired);
+    rig.append(10);
+    rig.settle();
+    rig.now_ns += 2_000_000_000;
+    while rig.appended.last().unwrap().0.0 / OPTIONS.segment_bytes < retired + 3 {
+        rig.append(4_000);
+        rig.settle();
+    }
+    assert!(rig.log.as_ref().unwrap().stats().recycled > 0);
+    rig.crash_and_restart();
 }

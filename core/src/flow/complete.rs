@@ -4,7 +4,7 @@
 use crate::{
     error::Code,
     event::{Outcome, OutcomeAck, OutcomeBatch, Urgency, Verdict},
-    id::RequestId,
+    id::{ConnectionId, RequestId},
     limits::{ERROR_BYTES_MAX, OUTPUT_BYTES_MAX, RECORD_BYTES_LARGE},
     record::{BatchSpace, OutcomeRecordV1, Schema},
     schedule::pool::{Signal, WINDOW_NS},
@@ -30,6 +30,7 @@ impl Shard {
                 return false;
             }
             if let Err(code) = self.complete_one(outcome, error, output, result, space) {
+                self.free_overdue(outcome, batch.connection);
                 self.counters.stale += 1;
                 batch.refused.push((batch.done as u32, code));
             }
@@ -55,7 +56,6 @@ impl Shard {
         space: &mut BatchSpace<'_>,
     ) -> Result<(), Code> {
         let Some(slot) = self.leased(outcome) else {
-            self.free_overdue(outcome);
             return Err(Code::StaleLease);
         };
         let stopping = self.tasks[slot].state() == State::Stopping;
@@ -125,12 +125,13 @@ impl Shard {
         (running && current).then_some(slot)
     }
 
-    /// An attempt that had timed out is over at last: its slot is free.
-    fn free_overdue(&mut self, outcome: &Outcome) {
+    /// An attempt that had timed out is over at last: its slot is free. Only its own executor can say so.
+    fn free_overdue(&mut self, outcome: &Outcome, connection: ConnectionId) {
         let attempt = (outcome.request, outcome.token);
         let freed = self
             .sessions
             .values_mut()
+            .filter(|session| session.connection == connection)
             .find_map(|session| session.overdue.remove(&attempt));
         if let Some(binding) = freed {
             let before = self.bindings[binding as usize].free();

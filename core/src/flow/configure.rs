@@ -182,6 +182,16 @@ impl Shard {
                 (here, 0)
             }
         };
+        // A change on its way to the disk is not in the directory: what stands there would undo it.
+        let settling = self
+            .sealed
+            .iter()
+            .chain([&self.open])
+            .flat_map(|pending| &pending.facts)
+            .any(|fact| matches!(fact, Fact::Config { .. }));
+        if settling {
+            return;
+        }
         let version = self.directory.version();
         let changes: Vec<Change> = self.directory.dump().skip(at).take(STRETCH).collect();
         for (done, change) in changes.iter().enumerate() {
