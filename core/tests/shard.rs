@@ -5,11 +5,7 @@ mod rig;
 use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
-<<<<<<< HEAD
-    event::{Control, Effects, Query, Reply, Start, Target, Verdict},
-=======
     event::{Control, Effects, Outcome, OutcomeBatch, Query, Reply, Span, Start, Target, Verdict},
->>>>>>> sim
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
@@ -918,8 +914,6 @@ fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
     rig.settle();
     assert_eq!(rig.state(request), State::Stopped);
 }
-<<<<<<< HEAD
-=======
 
 #[test]
 fn configuration_that_is_written_anew_does_not_undo_a_change_on_its_way_to_the_disk() {
@@ -995,4 +989,3 @@ fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
         assert_eq!(rig.executes().len(), sent);
     }
 }
->>>>>>> sim

@@ -37,11 +37,8 @@ pub struct Host {
     pub disk_busy: bool,
     /// Until when its disk is slow.
     pub slow_until_ns: u64,
-<<<<<<< HEAD
-=======
     /// Until when none of its records can be read.
     pub unreadable_until_ns: u64,
->>>>>>> sim
     /// Its log has failed.
     pub poisoned: bool,
     soon_since_ns: Option<u64>,
@@ -61,10 +58,7 @@ impl Host {
             turn_at_ns: None,
             disk_busy: false,
             slow_until_ns: 0,
-<<<<<<< HEAD
-=======
             unreadable_until_ns: 0,
->>>>>>> sim
             poisoned: false,
             soon_since_ns: None,
         }

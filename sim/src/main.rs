@@ -71,11 +71,8 @@ struct Total {
     torn: u64,
     poisoned: u64,
     recycled: u64,
-<<<<<<< HEAD
-=======
     retired: u64,
     read_failures: u64,
->>>>>>> sim
     turns: u64,
     events: u64,
     virtual_ns: u64,
@@ -100,11 +97,8 @@ impl Total {
         self.torn += counts.torn;
         self.poisoned += counts.poisoned;
         self.recycled += counts.recycled;
-<<<<<<< HEAD
-=======
         self.retired += counts.retired;
         self.read_failures += counts.read_failures;
->>>>>>> sim
         self.turns += counts.turns;
         self.events += verdict.events;
         self.virtual_ns += verdict.virtual_ns;
@@ -269,11 +263,8 @@ fn print_table(total: &Total, took: Duration) {
         ("torn tails", total.torn),
         ("poisoned logs", total.poisoned),
         ("segments recycled", total.recycled),
-<<<<<<< HEAD
-=======
         ("segments retired", total.retired),
         ("records given up", total.read_failures),
->>>>>>> sim
         ("turns of shards, each audited", total.turns),
         ("events", total.events),
     ];
@@ -329,11 +320,7 @@ fn print_json(total: &Total, took: Duration) {
     println!(
         "{{\"planted\":\"{}\",\"seeds\":{},\"run_twice\":{},\"differing\":{:?},\"violations\":[{}],\"tasks\":{},\
          \"executed\":{},\"ended\":{},\"duplicates\":{},\"refused\":{},\"stale\":{},\"crashes\":{},\"torn_tails\":{},\
-<<<<<<< HEAD
-         \"poisoned\":{},\"recycled\":{},\"turns\":{},\"events\":{},\"faults\":{{{}}},\"pairs_met\":{},\
-=======
          \"poisoned\":{},\"recycled\":{},\"retired\":{},\"read_failures\":{},\"turns\":{},\"events\":{},\"faults\":{{{}}},\"pairs_met\":{},\
->>>>>>> sim
          \"seconds\":{:.3}}}",
         planted(),
         total.seeds,
@@ -350,11 +337,8 @@ fn print_json(total: &Total, took: Duration) {
         total.torn,
         total.poisoned,
         total.recycled,
-<<<<<<< HEAD
-=======
         total.retired,
         total.read_failures,
->>>>>>> sim
         total.turns,
         total.events,
         faults.join(","),

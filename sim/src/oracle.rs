@@ -134,14 +134,9 @@ impl Default for Wished {
 struct Disk {
     /// The last record that was read, live or by a recovery.
     last: Lsn,
-<<<<<<< HEAD
-    /// Tasks that a recovery handed on, while it runs.
-    replayed: Option<BTreeSet<RequestId>>,
-=======
     /// Tasks that a recovery handed on, while it runs, and the last record.
     replayed: Option<BTreeSet<RequestId>>,
     replayed_last: Lsn,
->>>>>>> sim
     /// Tasks of this shard that have not ended.
     unfinished: BTreeSet<RequestId>,
 }
@@ -245,10 +240,7 @@ impl Oracle {
     pub fn record(&mut self, shard: usize, position: Lsn, schema: u16, body: &[u8]) -> Check {
         let disk = &mut self.disks[shard];
         let known = position <= disk.last;
-<<<<<<< HEAD
-=======
         disk.replayed_last = position;
->>>>>>> sim
         disk.last = disk.last.max(position);
         let Ok(record) = read(schema, body) else {
             return broken(
@@ -600,18 +592,13 @@ impl Oracle {
     /// A recovery of a shard begins.
     pub fn recovery_begins(&mut self, shard: usize) {
         self.disks[shard].replayed = Some(BTreeSet::new());
-<<<<<<< HEAD
-=======
         self.disks[shard].replayed_last = Lsn(0);
->>>>>>> sim
     }
 
     /// A recovery is over: whatever was accepted and has not ended must have been handed on.
     pub fn recovery_ends(&mut self, shard: usize) -> Check {
         let disk = &mut self.disks[shard];
         let replayed = disk.replayed.take().unwrap_or_default();
-<<<<<<< HEAD
-=======
         require(
             disk.replayed_last == disk.last,
             "a_log_is_never_shortened",
@@ -622,7 +609,6 @@ impl Oracle {
                 )
             },
         )?;
->>>>>>> sim
         match disk.unfinished.difference(&replayed).next() {
             Some(lost) => broken(
                 "accepted_is_never_lost",

@@ -13,11 +13,7 @@ pub enum Fault {
     Crash,
     /// The power fails within a turn: its effects are lost, its batch may be sealed.
     CrashInTurn,
-<<<<<<< HEAD
-    /// A read of one log fails with EIO.
-=======
     /// A read of one log fails with EIO, or all reads do for a while.
->>>>>>> sim
     ReadError,
     /// A flush of one log fails, which poisons it.
     FlushError,
@@ -184,12 +180,8 @@ impl Plan {
             finished_max: if r.one_in(2) { 150 } else { 1_000_000 },
             payload_bytes_max: 128 << 10,
             lease_ms: [200, 2_000, 15_000][r.below(3) as usize],
-<<<<<<< HEAD
-            dedup_window_ms: if r.one_in(3) { 1_000 } else { 86_400_000 },
-=======
             // Names hold segments: only where both are short is a segment ever dead.
             dedup_window_ms: if r.one_in(2) { 300 } else { 86_400_000 },
->>>>>>> sim
             wall_jump_ms: [100, 30_000, 7_200_000][r.below(3) as usize],
         }
     }

@@ -415,14 +415,10 @@ impl World {
                 && token.attempt > 1
             {
                 let attempt = token.attempt - 1;
-<<<<<<< HEAD
-                outcomes.push((request, Token { attempt, ..token }, Verdict::Succeeded));
-=======
                 let before = Token { attempt, ..token };
                 outcomes.push((request, before, Verdict::Succeeded));
                 // Where it is this executor's own, timed out and still running, its slot counts as free from now on.
                 line.out.remove(&(request, before));
->>>>>>> sim
             }
         }
         if outcomes.is_empty() {

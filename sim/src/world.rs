@@ -119,13 +119,10 @@ pub struct Counts {
     pub poisoned: u64,
     /// Segments that were recycled.
     pub recycled: u64,
-<<<<<<< HEAD
-=======
     /// Segments that were dead when a process ended.
     pub retired: u64,
     /// Records that could not be read after all tries.
     pub read_failures: u64,
->>>>>>> sim
 }
 
 /// All of it. Owned by one run.
@@ -314,13 +311,10 @@ impl World {
                     self.trace.event(self.now_ns, &[1, shard as u64], || {
                         format!("disk {shard} has done one")
                     });
-<<<<<<< HEAD
-=======
                     if self.hosts[shard].unreadable_until_ns > self.now_ns {
                         // Every try fails, and the record counts as lost for a while.
                         self.hosts[shard].log.device().fail_next_read();
                     }
->>>>>>> sim
                     self.hosts[shard].run_disk();
                     self.wake(shard, 2_000);
                     self.spin_disk(shard);
@@ -574,9 +568,6 @@ impl World {
         match fault {
             Fault::Crash => self.crash(),
             Fault::CrashInTurn => self.crash_in_turn = true,
-<<<<<<< HEAD
-            Fault::ReadError => self.hosts[shard].log.device().fail_next_read(),
-=======
             Fault::ReadError if self.random.one_in(2) => {
                 self.hosts[shard].log.device().fail_next_read();
             }
@@ -584,7 +575,6 @@ impl World {
                 let span = self.around(5_000_000);
                 self.hosts[shard].unreadable_until_ns = self.now_ns + span;
             }
->>>>>>> sim
             Fault::FlushError => self.hosts[shard].log.device().fail_next_flush(),
             Fault::WriteError => self.hosts[shard].log.device().fail_next_write(),
             Fault::NoSpace => {
@@ -618,11 +608,8 @@ impl World {
         self.up = false;
         for host in std::mem::take(&mut self.hosts) {
             self.counts.recycled += host.log.stats().recycled;
-<<<<<<< HEAD
-=======
             self.counts.read_failures += host.log.stats().read_failures;
             self.counts.retired += host.shard.retire_before().0 / SEGMENT_BYTES;
->>>>>>> sim
             self.disks.push(host.crash());
         }
         self.trace.event(self.now_ns, &[7, self.life], || {
@@ -772,10 +759,7 @@ impl World {
         for shard in 0..self.hosts.len() {
             self.hosts[shard].log.device().limit_space(usize::MAX);
             self.hosts[shard].slow_until_ns = 0;
-<<<<<<< HEAD
-=======
             self.hosts[shard].unreadable_until_ns = 0;
->>>>>>> sim
         }
         self.crash_in_turn = false;
         self.heal_workers();
