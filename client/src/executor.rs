@@ -154,6 +154,11 @@ impl Executor {
         self
     }
 
+    /// Bytes that a payload and a result may have, as the server said.
+    pub fn payload_bytes_max(&self) -> usize {
+        self.link.limits.payload_bytes_max
+    }
+
     /// A handle that closes this executor while it runs.
     pub fn handle(&self) -> ExecutorHandle {
         self.handle.clone()

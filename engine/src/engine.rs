@@ -397,6 +397,11 @@ fn setup(
     }
 }
 
+/// Makes an io_uring ring as a shard does, and drops it: an error says why no engine can run here.
+pub fn probe_ring() -> std::io::Result<()> {
+    pelton_storage::ring::probe()
+}
+
 /// Half the cores, at least one: the other half is for edges.
 pub fn default_shards() -> u16 {
     let cores = thread::available_parallelism().map_or(1, usize::from);

@@ -72,18 +72,26 @@ pub struct RingDevice {
     unsubmitted: bool,
 }
 
+/// Makes a ring and drops it: an error says why no device can be opened here.
+pub fn probe() -> io::Result<()> {
+    make_ring().map(drop)
+}
+
+fn make_ring() -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(RING_ENTRIES)
+}
+
 impl RingDevice {
     /// Opens the directory, which must exist. `bell` is an eventfd that outlives the device: a write to it ends a
     /// wait.
     pub fn open(directory: &Path, bell: RawFd) -> Result<RingDevice, DeviceError> {
         let directory_file =
             File::open(directory).map_err(|error| failed("open", directory, &error))?;
-        let ring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .build(RING_ENTRIES)
-            .map_err(|error| failed("io_uring_setup for", directory, &error))?;
+        let ring = make_ring().map_err(|error| failed("io_uring_setup for", directory, &error))?;
         let mut buffers: Vec<Block> = (0..BUFFER_COUNT)
             .map(|_| Block::new(BATCH_BYTES_MAX))
             .collect();

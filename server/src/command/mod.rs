@@ -1,5 +1,31 @@
-//! One file per command.
+//! One file per command; `exit`, `connect`, `table` and `time` are what they share.
+
+pub mod exit;
+
+pub mod connect;
+
+pub mod table;
+
+pub mod time;
+
+pub mod serve;
 
 pub mod bench;
 
-pub mod serve;
+pub mod task;
+
+pub mod function;
+
+pub mod tenant;
+
+pub mod stats;
+
+pub mod key;
+
+pub mod executor;
+
+pub mod doctor;
+
+pub mod config;
+
+pub mod completions;

@@ -3,18 +3,21 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use clap::Args;
-use pelton_core::limits::PAYLOAD_BYTES_DEFAULT;
 use pelton_engine::{Engine, Options};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
 
 use crate::{
+    command::{
+        doctor::check_before_serving,
+        exit::{Exit, Failure},
+    },
+    config::{Config, Layer},
     edge::{EdgeSettings, Edges},
     keys::{Keys, replace},
 };
@@ -27,41 +30,53 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Run a server
 #[derive(Args, Clone, Debug)]
 pub struct ServeArgs {
-    /// Where the log lives
-    #[arg(long, default_value = "pelton-data", value_name = "DIR")]
-    pub data: PathBuf,
-    /// Where clients and executors connect (QUIC, UDP); port 0 takes a free one
-    #[arg(long, default_value = "127.0.0.1:7420", value_name = "ADDR")]
-    pub listen: SocketAddr,
-    /// Shards of a new data directory; an existing one keeps its own
-    #[arg(long)]
-    pub shards: Option<u16>,
-    /// Edge threads
-    #[arg(long)]
-    pub edges: Option<usize>,
+    /// Where the log lives [default: pelton-data]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Where clients and executors connect (QUIC, UDP); port 0 takes a free one [default: 127.0.0.1:7420]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    /// Shards of a new data directory; an existing one keeps its own [default: half the cores]
+    #[arg(long, value_name = "N")]
+    shards: Option<u16>,
+    /// Edge threads [default: the other half]
+    #[arg(long, value_name = "N")]
+    edges: Option<usize>,
 }
 
-/// Serves until SIGINT or SIGTERM.
-pub fn run(args: &ServeArgs) -> ExitCode {
-    match serve(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("pelton serve: {error}");
-            ExitCode::from(8)
-        }
+impl ServeArgs {
+    /// What the flags say of the configuration.
+    pub fn layer(&self) -> Layer {
+        let mut layer = Layer::default();
+        layer.server.data = self.data.clone();
+        layer.server.listen = self.listen;
+        layer.server.shards = self.shards;
+        layer.server.edges = self.edges;
+        layer
     }
 }
 
-fn serve(args: &ServeArgs) -> Result<(), String> {
+/// Serves until SIGINT or SIGTERM.
+pub fn run(config: &Config) -> Result<Exit, Failure> {
+    check_before_serving(config)?;
+    serve(config).map_err(|error| Failure::new(Exit::Unfit, error))?;
+    Ok(Exit::Ok)
+}
+
+fn serve(config: &Config) -> Result<(), String> {
+    let data = &config.data.value;
+    let listen = config.listen.value;
     let start = Instant::now();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let shards = args
+    let shards = config
         .shards
+        .value
         .unwrap_or_else(pelton_engine::engine::default_shards);
     // On few cores shards, edges and clients share them: the scheduler places them better than a fixed rule.
     let roomy = cores >= 4;
-    let edges = args
+    let edges = config
         .edges
+        .value
         .unwrap_or(if roomy { cores - cores / 2 } else { 1 });
     let options = Options {
         shards: Some(shards),
@@ -71,39 +86,42 @@ fn serve(args: &ServeArgs) -> Result<(), String> {
             Vec::new()
         },
         spin: Duration::from_micros(if roomy { 20 } else { 0 }),
+        payload_bytes_max: config.payload_bytes_max.value,
+        space_bytes_min: config.space_bytes_min.value,
+        lease: Duration::from_millis(config.lease_ms.value),
         ..Options::default()
     };
-    let engine = Engine::open_with(&args.data, options).map_err(|error| error.to_string())?;
+    let engine = Engine::open_with(data, options).map_err(|error| error.to_string())?;
     let engine = Arc::new(engine);
-    let keys = Arc::new(Keys::open(&args.data).map_err(|error| error.to_string())?);
-    if keys.is_empty() && !args.listen.ip().is_loopback() {
+    let keys = Arc::new(Keys::open(data).map_err(|error| error.to_string())?);
+    if keys.is_empty() && !listen.ip().is_loopback() {
         return Err(format!(
             "{} is reachable from other machines and there is no key yet: `pelton key create --data {}` makes one",
-            args.listen,
-            args.data.display()
+            listen,
+            data.display()
         ));
     }
-    let certificate = Arc::new(Certificate::load_or_make(&args.data).map_err(|e| e.to_string())?);
+    let certificate = Arc::new(Certificate::load_or_make(data).map_err(|e| e.to_string())?);
     let settings = EdgeSettings {
-        listen: args.listen,
+        listen,
         edges,
         pin: if roomy {
             (cores / 2..cores).collect()
         } else {
             Vec::new()
         },
-        payload_bytes_max: PAYLOAD_BYTES_DEFAULT,
-        in_flight_max: 65_536,
-        heartbeat: Duration::from_secs(5),
+        payload_bytes_max: config.payload_bytes_max.value,
+        in_flight_max: config.in_flight_max.value,
+        heartbeat: Duration::from_millis(config.heartbeat_ms.value),
         certificate: Arc::clone(&certificate),
     };
     let running = Edges::start(Arc::clone(&engine), keys, settings).map_err(|e| e.to_string())?;
-    let _state = State::write(&args.data, running.local_addr(), &certificate)?;
+    let _state = State::write(data, running.local_addr(), &certificate)?;
     let records: u64 = engine.reports().iter().map(|report| report.records).sum();
     println!(
         "listening on quic://{}, data {}, {} shards, {} edges, {} records read, ready in {} ms",
         running.local_addr(),
-        args.data.display(),
+        data.display(),
         engine.shard_count(),
         edges,
         records,

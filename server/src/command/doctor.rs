@@ -1,0 +1,432 @@
+//! `pelton doctor`: whether this machine does, and what to do if not.
+
+use std::{
+    fmt,
+    fs::{self, File, TryLockError},
+    io,
+    net::{SocketAddr, UdpSocket},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use pelton_engine::engine::{default_shards, probe_ring};
+use rustix::{
+    fs::{OFlags, statvfs},
+    process::{Resource, getrlimit},
+    system::uname,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    command::{
+        connect::Local,
+        exit::{Exit, Failure, put, put_json},
+    },
+    config::{Config, Layer},
+};
+
+/// The first kernel whose io_uring has all that a shard asks for.
+const KERNEL_MIN: (u32, u32) = (6, 1);
+/// What a shard registers with the kernel.
+const MEMLOCK_BYTES_PER_SHARD: u64 = 8 << 20;
+
+/// Check whether a server can run here, and say what to do if not
+#[derive(Args, Clone, Debug)]
+pub struct DoctorArgs {
+    /// Where the log is to live [default: pelton-data]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Where the server is to listen [default: 127.0.0.1:7420]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl DoctorArgs {
+    /// True if JSON is asked for.
+    pub fn json(&self) -> bool {
+        self.json
+    }
+
+    /// What the flags say of the configuration.
+    pub fn layer(&self) -> Layer {
+        let mut layer = Layer::default();
+        layer.server.data = self.data.clone();
+        layer.server.listen = self.listen;
+        layer
+    }
+}
+
+/// How a check went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Grade {
+    Ok,
+    /// It works, worse than it could.
+    Warning,
+    /// A server cannot run.
+    Problem,
+}
+
+impl Grade {
+    fn name(self) -> &'static str {
+        match self {
+            Grade::Ok => "ok",
+            Grade::Warning => "warning",
+            Grade::Problem => "problem",
+        }
+    }
+}
+
+/// One check: what was found, and what to do about it.
+#[derive(Clone, Debug)]
+pub struct Check {
+    name: &'static str,
+    pub grade: Grade,
+    found: String,
+    /// Empty if there is nothing to do.
+    remedy: String,
+    /// It is a Pelton server that is in the way.
+    running: bool,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Check {
+        Check {
+            name,
+            grade: Grade::Ok,
+            found: found.into(),
+            remedy: String::new(),
+            running: false,
+        }
+    }
+
+    fn bad(
+        grade: Grade,
+        name: &'static str,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Check {
+        Check {
+            name,
+            grade,
+            found: found.into(),
+            remedy: remedy.into(),
+            running: false,
+        }
+    }
+
+    fn by_server(mut self, running: bool) -> Check {
+        self.running = running;
+        self
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "check": self.name,
+            "grade": self.grade.name(),
+            "found": self.found,
+            "remedy": (!self.remedy.is_empty()).then_some(&self.remedy),
+        })
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:7}  {:9}  {}",
+            self.grade.name(),
+            self.name,
+            self.found
+        )?;
+        if !self.remedy.is_empty() {
+            write!(f, ": {}", self.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+/// Prints every check.
+pub fn run(args: &DoctorArgs, config: &Config) -> Result<Exit, Failure> {
+    let mut checks = check(config);
+    for check in &mut checks {
+        // A server that runs already shows that it can.
+        if check.running && check.grade == Grade::Problem {
+            check.grade = Grade::Warning;
+        }
+    }
+    let fit = checks.iter().all(|check| check.grade != Grade::Problem);
+    if args.json {
+        let all: Vec<Value> = checks.iter().map(Check::to_json).collect();
+        put_json(&json!({ "fit": fit, "checks": all }))?;
+    } else {
+        let lines: String = checks.iter().map(|check| format!("{check}\n")).collect();
+        put(lines)?;
+    }
+    Ok(if fit { Exit::Ok } else { Exit::Unfit })
+}
+
+/// Prints the problems of a server that is to start, if there are any.
+pub fn check_before_serving(config: &Config) -> Result<(), Failure> {
+    let checks = check(config);
+    let mut problems = checks
+        .iter()
+        .filter(|check| check.grade == Grade::Problem)
+        .peekable();
+    if problems.peek().is_none() {
+        return Ok(());
+    }
+    for problem in problems {
+        eprintln!("{problem}");
+    }
+    Err(Failure::new(Exit::Unfit, ""))
+}
+
+/// Every check, for the server that this configuration describes.
+fn check(config: &Config) -> Vec<Check> {
+    let data = &config.data.value;
+    let shards = config.shards.value.unwrap_or_else(default_shards);
+    let folder = existing(data);
+    let (lock, running) = check_lock(data);
+    let mut checks = vec![check_kernel(), check_ring(), check_memlock(shards)];
+    checks.push(check_direct(&folder));
+    checks.push(check_space(&folder, config.space_bytes_min.value));
+    checks.push(lock);
+    checks.push(check_port(config.listen.value, running.as_deref()));
+    checks
+}
+
+/// The directory itself, or the nearest one above it.
+fn existing(data: &Path) -> PathBuf {
+    let whole = std::path::absolute(data).unwrap_or_else(|_| data.to_owned());
+    let mut folders = whole.ancestors();
+    let found = folders.find(|folder| folder.exists());
+    found.unwrap_or(Path::new("/")).to_owned()
+}
+
+fn check_kernel() -> Check {
+    let release = uname().release().to_string_lossy().into_owned();
+    match version(&release) {
+        Some(version) if version < KERNEL_MIN => Check::bad(
+            Grade::Problem,
+            "kernel",
+            release,
+            format!("Linux {}.{} or later is needed", KERNEL_MIN.0, KERNEL_MIN.1),
+        ),
+        Some(_) => Check::ok("kernel", format!("Linux {release}")),
+        None => Check::bad(
+            Grade::Warning,
+            "kernel",
+            release,
+            "the version cannot be read; 6.1 or later is needed",
+        ),
+    }
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn check_ring() -> Check {
+    let error = match probe_ring() {
+        Ok(()) => return Check::ok("io_uring", "a ring can be made"),
+        Err(error) => error,
+    };
+    let remedy = match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "allow it: sysctl kernel.io_uring_disabled=0, and in a container a seccomp profile that lets io_uring_setup, io_uring_enter and io_uring_register pass"
+        }
+        io::ErrorKind::InvalidInput => "the kernel is too old for it: 6.1 or later",
+        io::ErrorKind::Unsupported => "the kernel was built without it",
+        io::ErrorKind::OutOfMemory => "raise the memlock limit: ulimit -l",
+        _ => "ask the kernel log (dmesg)",
+    };
+    Check::bad(
+        Grade::Problem,
+        "io_uring",
+        format!("no ring can be made ({error})"),
+        remedy,
+    )
+}
+
+fn check_memlock(shards: u16) -> Check {
+    let needed = u64::from(shards) * MEMLOCK_BYTES_PER_SHARD;
+    match getrlimit(Resource::Memlock).current {
+        None => Check::ok("memlock", "no limit"),
+        Some(limit) if limit >= needed => Check::ok("memlock", size(limit)),
+        Some(limit) => Check::bad(
+            Grade::Warning,
+            "memlock",
+            format!(
+                "{} where {shards} shards register {}",
+                size(limit),
+                size(needed)
+            ),
+            format!(
+                "works, a little slower; `ulimit -l {}`, or LimitMEMLOCK={} in the unit",
+                needed >> 10,
+                needed
+            ),
+        ),
+    }
+}
+
+fn check_direct(folder: &Path) -> Check {
+    let path = folder.join(format!(".pelton-doctor-{}", std::process::id()));
+    let opened = File::options()
+        .write(true)
+        .create_new(true)
+        .custom_flags(OFlags::DIRECT.bits() as i32)
+        .open(&path);
+    // A file system without O_DIRECT makes the file and then refuses to open it.
+    let _ = fs::remove_file(&path);
+    match opened {
+        Ok(_) => Check::ok("O_DIRECT", format!("works on {}", folder.display())),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Check::bad(
+            Grade::Problem,
+            "O_DIRECT",
+            format!("the file system of {} does not have it", folder.display()),
+            "put the data on ext4, xfs or btrfs (--data)",
+        ),
+        Err(error) => Check::bad(
+            Grade::Problem,
+            "O_DIRECT",
+            format!("{} cannot be written ({error})", folder.display()),
+            "let this user write there, or choose another place with --data",
+        ),
+    }
+}
+
+fn check_space(folder: &Path, space_bytes_min: u64) -> Check {
+    let stat = match statvfs(folder) {
+        Ok(stat) => stat,
+        Err(error) => {
+            return Check::bad(
+                Grade::Warning,
+                "space",
+                format!("{}: {error}", folder.display()),
+                "free space is unknown",
+            );
+        }
+    };
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let found = format!("{} free on {}", size(free), folder.display());
+    let remedy = format!(
+        "below {} submits are refused (limits.space_bytes_min): make room",
+        size(space_bytes_min)
+    );
+    // What is in the log is served all the same, so this keeps no server from its work.
+    if free / 2 < space_bytes_min {
+        Check::bad(Grade::Warning, "space", found, remedy)
+    } else {
+        Check::ok("space", found)
+    }
+}
+
+/// The check, and the address of the server that has the directory open.
+fn check_lock(data: &Path) -> (Check, Option<String>) {
+    let locked = match File::open(data.join("LOCK")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+        Ok(lock) => match lock.try_lock() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(error),
+        },
+    };
+    let shown = data.display();
+    match locked {
+        Ok(false) if data.is_dir() => (
+            Check::ok("data", format!("{shown} is there and not in use")),
+            None,
+        ),
+        Ok(false) => (Check::ok("data", format!("{shown} will be made")), None),
+        Ok(true) => {
+            let local = Local::read(data).ok().flatten();
+            let address = local.map(|local| local.address);
+            let server = match &address {
+                Some(address) => format!("a server has {shown} open, at {address}"),
+                None => format!("another process has {shown} open"),
+            };
+            let remedy = "stop it before another one starts, or choose another place with --data";
+            let check = Check::bad(Grade::Problem, "data", server, remedy);
+            (check.by_server(address.is_some()), address)
+        }
+        Err(error) => (
+            Check::bad(
+                Grade::Problem,
+                "data",
+                format!("{shown}: {error}"),
+                "let this user read and write there",
+            ),
+            None,
+        ),
+    }
+}
+
+fn check_port(listen: SocketAddr, running: Option<&str>) -> Check {
+    match UdpSocket::bind(listen) {
+        Ok(_) => Check::ok("port", format!("{listen} (UDP) is free")),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let own = running == Some(listen.to_string().as_str());
+            let whose = if own { "that server's" } else { "taken" };
+            Check::bad(
+                Grade::Problem,
+                "port",
+                format!("{listen} (UDP) is {whose}"),
+                "choose another one with --listen",
+            )
+            .by_server(own)
+        }
+        Err(error) => Check::bad(
+            Grade::Problem,
+            "port",
+            format!("{listen} (UDP): {error}"),
+            "choose an address of this machine with --listen",
+        ),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..0x10_0000 => format!("{} KiB", bytes >> 10),
+        0x10_0000..0x2_8000_0000 => format!("{} MiB", bytes >> 20),
+        _ => format!("{} GiB", bytes >> 30),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_versions_are_compared_by_number() {
+        assert_eq!(version("6.1.0-18-amd64"), Some((6, 1)));
+        assert!(version("5.15.90.1-microsoft") < Some(KERNEL_MIN));
+        assert!(version("6.10.3") > Some(KERNEL_MIN));
+        assert_eq!(version("unknown"), None);
+    }
+
+    #[test]
+    fn a_locked_directory_and_a_taken_port_are_problems() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(check_lock(folder.path()).0.grade, Grade::Ok);
+        let lock = File::create(folder.path().join("LOCK")).unwrap();
+        lock.lock().unwrap();
+        assert_eq!(check_lock(folder.path()).0.grade, Grade::Problem);
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let taken = check_port(socket.local_addr().unwrap(), None);
+        assert_eq!(taken.grade, Grade::Problem);
+        assert!(taken.to_string().contains("--listen"));
+    }
+
+    #[test]
+    fn the_place_of_a_new_directory_is_the_one_above_it() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(existing(&folder.path().join("a/b")), folder.path());
+    }
+}
