@@ -186,7 +186,7 @@ impl Session {
             let changed = match &mut self.executing.functions.borrow_mut()[index] {
                 Some(offered) => {
                     busy |= offered.lender.busy() > 0;
-                    offered.lender.rebalance()
+                    !self.takes_none() && offered.lender.rebalance()
                 }
                 None => false,
             };
@@ -204,7 +204,7 @@ impl Session {
         };
         let choked = self.executing.choked.get();
         let now = waiting_bytes > if choked { 0 } else { WAITING_BYTES_MAX };
-        if now == choked {
+        if now == choked || self.left.get() {
             return;
         }
         self.executing.choked.set(now);
@@ -220,6 +220,25 @@ impl Session {
             }
             self.lend(hub, executor, index).await;
         }
+    }
+
+    /// Lends no slots any more: the executor is leaving.
+    pub(crate) async fn lend_nothing(&self, hub: &Hub) {
+        let Some(executor) = self.executor else {
+            return;
+        };
+        let count = self.executing.functions.borrow().len();
+        for index in 0..count {
+            if let Some(offered) = &mut self.executing.functions.borrow_mut()[index] {
+                offered.lender.hold();
+            }
+            self.lend(hub, executor, index).await;
+        }
+    }
+
+    /// True while no slots are to be lent.
+    fn takes_none(&self) -> bool {
+        self.left.get() || self.executing.choked.get()
     }
 
     /// Sends tasks to the executor; their leases are durable.
