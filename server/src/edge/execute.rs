@@ -188,7 +188,7 @@ impl Session {
             let changed = match &mut self.executing.functions.borrow_mut()[index] {
                 Some(offered) => {
                     busy |= offered.lender.busy() > 0;
-                    offered.lender.rebalance()
+                    !self.takes_none() && offered.lender.rebalance()
                 }
                 None => false,
             };
@@ -199,21 +199,6 @@ impl Session {
         busy
     }
 
-    /// The executor is leaving: it gets nothing more, and what it runs is still awaited until it ends the stream.
-    pub(crate) async fn on_leaving(&self, hub: &Hub) {
-        let Some(executor) = self.executor else {
-            return;
-        };
-        let count = self.executing.functions.borrow().len();
-        for index in 0..count {
-            if let Some(offered) = &mut self.executing.functions.borrow_mut()[index] {
-                offered.lender = Lender::new(0, hub.edge.shard_count());
-                offered.lender.tell_all();
-            }
-            self.lend(hub, executor, index).await;
-        }
-    }
-
     /// Stops lending while the executor's connection cannot take what it is sent, and lends again when it has.
     pub(crate) async fn lend_by_backlog(&self, hub: &Hub, waiting_bytes: usize) {
         let Some(executor) = self.executor.filter(|_| !self.is_leaving()) else {
@@ -221,7 +206,7 @@ impl Session {
         };
         let choked = self.executing.choked.get();
         let now = waiting_bytes > if choked { 0 } else { WAITING_BYTES_MAX };
-        if now == choked {
+        if now == choked || self.left.get() {
             return;
         }
         self.executing.choked.set(now);
@@ -237,6 +222,25 @@ impl Session {
             }
             self.lend(hub, executor, index).await;
         }
+    }
+
+    /// Lends no slots any more: the executor is leaving.
+    pub(crate) async fn lend_nothing(&self, hub: &Hub) {
+        let Some(executor) = self.executor else {
+            return;
+        };
+        let count = self.executing.functions.borrow().len();
+        for index in 0..count {
+            if let Some(offered) = &mut self.executing.functions.borrow_mut()[index] {
+                offered.lender.hold();
+            }
+            self.lend(hub, executor, index).await;
+        }
+    }
+
+    /// True while no slots are to be lent.
+    fn takes_none(&self) -> bool {
+        self.left.get() || self.executing.choked.get()
     }
 
     /// Sends tasks to the executor; their leases are durable.

@@ -59,8 +59,9 @@ pub(crate) struct Session {
     answered: Notify,
     pub(crate) questions: Cell<u32>,
     heard: Cell<Instant>,
-    /// The executor said goodbye: what it holds is given back.
-    left: Cell<bool>,
+    /// The executor said goodbye, or was silent for too long: it is handed out nothing, and what it still holds when
+    /// its connection ends is free at once.
+    pub(crate) left: Cell<bool>,
     ended: Cell<bool>,
 }
 
@@ -319,8 +320,9 @@ impl Session {
                 Ok(())
             }
             FrameType::Goodbye => {
+                // It goes on sending outcomes, and closes the connection when it is done.
                 self.left.set(true);
-                self.on_leaving(hub).await;
+                self.lend_nothing(hub).await;
                 Ok(())
             }
             FrameType::Query | FrameType::Wait | FrameType::Stop => self.on_question(hub, frame),
@@ -439,9 +441,10 @@ impl Session {
                 || !self.out.borrow().is_empty())
     }
 
-    /// Ends an executor's session that has not been heard of for so long: its leases go their way.
+    /// Ends an executor's session that has not been heard of for so long: its leases are over.
     pub(crate) fn end_if_silent(&self, longest: Duration) {
         if self.executor.is_some() && self.heard.get().elapsed() > longest {
+            self.left.set(true);
             self.end(Code::DeadlineExceeded, "no heartbeat came in time");
         }
     }
