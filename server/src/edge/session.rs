@@ -321,7 +321,7 @@ impl Session {
             }
             FrameType::Goodbye => {
                 self.left.set(true);
-                self.ended.set(self.executor.is_some());
+                self.on_leaving(hub).await;
                 Ok(())
             }
             FrameType::Query | FrameType::Wait | FrameType::Stop => self.on_question(hub, frame),
@@ -414,6 +414,11 @@ impl Session {
         self.in_flight
             .set(self.in_flight.get().saturating_sub(count));
         self.answered.notify_one();
+    }
+
+    /// True after the executor's goodbye.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.left.get()
     }
 
     /// One more question is asked; false if there are too many.
