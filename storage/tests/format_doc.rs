@@ -14,6 +14,10 @@ use pelton_core::{
 };
 use pelton_storage::{
     format::*,
+    log::{
+        CARRY_AFTER_NS, DEAD_COUNT_MAX, FILL_PIECES_MAX, PREPARE_AGAIN_NS, PREPARED_COUNT,
+        READ_TRIES,
+    },
     manifest::{DIRECTORY_VERSION, DataDirectory, Manifest},
     segment::{FILL_PIECE_BYTES, segment_name},
 };
@@ -300,8 +304,23 @@ fn the_numbers_in_the_document_are_the_constants() {
         ("largest segment", SEGMENT_BYTES_MAX),
         ("piece of filling", FILL_PIECE_BYTES),
         ("cells", CELL_COUNT as usize),
+        ("pieces of filling in flight", FILL_PIECES_MAX as usize),
+        ("prepared segments", PREPARED_COUNT),
+        ("dead files kept", DEAD_COUNT_MAX),
+        (
+            "idle time before a carry batch, ms",
+            (CARRY_AFTER_NS / 1_000_000) as usize,
+        ),
+        (
+            "pause after a failed preparation, ms",
+            (PREPARE_AGAIN_NS / 1_000_000) as usize,
+        ),
+        ("tries of a read", READ_TRIES as usize),
     ]);
     assert_eq!(pairs("## Numbers"), constants);
+    let places: Vec<String> = pairs("## Segments").into_iter().map(|row| row.0).collect();
+    let [second, first] = [BLOCK_BYTES as u64, SEGMENT_DATA_OFFSET].map(|at| at.to_string());
+    assert_eq!(places, ["0".to_owned(), second, first]);
     let flags = named(&[
         ("1", FLAG_OPENING as usize),
         ("2", FLAG_CARRY as usize),
