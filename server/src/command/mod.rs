@@ -2,4 +2,8 @@
 
 pub mod bench;
 
+pub mod demo;
+
+pub mod log;
+
 pub mod serve;
