@@ -41,6 +41,13 @@ impl Lender {
         self.give(free, |_| true);
     }
 
+    /// Every shard is told its number with the next [`Lender::changes`], one that has none too.
+    pub fn tell_all(&mut self) {
+        for (told, lent) in self.told.iter_mut().zip(&self.lent) {
+            *told = lent + 1;
+        }
+    }
+
     /// Lends none until the next [`Lender::resize`].
     pub fn hold(&mut self) {
         self.lent.fill(0);

@@ -111,7 +111,7 @@ impl Look {
             Some(shard) if shard < manifest.shards => vec![shard],
             Some(shard) => {
                 return Err(format!(
-                    "there is no shard {shard}: {} has the shards 0 to {}",
+                    "there is no shard {shard}: the last one of {} is shard {}",
                     path.display(),
                     manifest.shards - 1
                 ));
@@ -266,7 +266,7 @@ fn verify(place: &Place) -> Result<bool, String> {
         println!("every checksum and every record holds");
     } else {
         println!(
-            "nothing was changed; keep the directory as it is and restore it from a backup, or serve a copy"
+            "nothing was changed; no server starts on it: restore the directory from a backup"
         );
     }
     Ok(sound)

@@ -40,10 +40,12 @@ pub(crate) struct Executing {
     /// Tasks that came for a slot that had just been lent elsewhere.
     held: RefCell<VecDeque<(u16, BytesMut)>>,
     /// Leases of resume frames that were full, so that more follow: the frames' tags and what they hold.
-    presented: RefCell<Vec<(u64, Vec<(RequestId, Token)>)>>,
+    presented: RefCell<Vec<(u64, Leases)>>,
     /// Its connection cannot take what it is sent: no slots are lent until it has.
     pub(crate) choked: std::cell::Cell<bool>,
 }
+
+type Leases = Vec<(RequestId, Token)>;
 
 struct Offered {
     function: FunctionId,
@@ -197,9 +199,24 @@ impl Session {
         busy
     }
 
+    /// The executor is leaving: it gets nothing more, and what it runs is still awaited until it ends the stream.
+    pub(crate) async fn on_leaving(&self, hub: &Hub) {
+        let Some(executor) = self.executor else {
+            return;
+        };
+        let count = self.executing.functions.borrow().len();
+        for index in 0..count {
+            if let Some(offered) = &mut self.executing.functions.borrow_mut()[index] {
+                offered.lender = Lender::new(0, hub.edge.shard_count());
+                offered.lender.tell_all();
+            }
+            self.lend(hub, executor, index).await;
+        }
+    }
+
     /// Stops lending while the executor's connection cannot take what it is sent, and lends again when it has.
     pub(crate) async fn lend_by_backlog(&self, hub: &Hub, waiting_bytes: usize) {
-        let Some(executor) = self.executor else {
+        let Some(executor) = self.executor.filter(|_| !self.is_leaving()) else {
             return;
         };
         let choked = self.executing.choked.get();
@@ -384,12 +401,12 @@ impl Session {
             return Ok(());
         }
         let frames = self.executing.presented.take();
-        let presented: Vec<(RequestId, Token)> = frames
+        let presented: Leases = frames
             .iter()
             .flat_map(|(_, leases)| leases)
             .copied()
             .collect();
-        let mut kept: Vec<(RequestId, Token)> = Vec::new();
+        let mut kept = Leases::new();
         for shard in hub.edge.shards() {
             let leases: Vec<_> = hub.edge.with_routes(|routes| {
                 let here = |lease: &&(RequestId, Token)| routes.shard_of(lease.0.cell()) == shard;

@@ -54,9 +54,9 @@ impl Session {
     ) -> Result<(), ProtocolError> {
         // What is broken is refused before anything is started.
         match frame.kind {
-            FrameType::Wait => drop(Wait::parse(&frame)?),
-            FrameType::Stop => drop(Items::<Stop>::parse(&frame)?),
-            _ => drop(Query::parse(&frame)?),
+            FrameType::Wait => Wait::parse(&frame).map(|_| ())?,
+            FrameType::Stop => Items::<Stop>::parse(&frame).map(|_| ())?,
+            _ => Query::parse(&frame).map(|_| ())?,
         }
         if !self.begin_question() {
             self.error(

@@ -20,10 +20,9 @@ use pelton_net::{
     error::ProtocolError,
     frame::{Frame, FrameReader, FrameType},
     item::Items,
-    quic::server::Listener,
+    quic::{Connection, RecvStream, SendStream, VarInt, server::Listener},
     session::{Credential, ErrorFrame, Hello, Lease, PROTOCOL_VERSION, Welcome},
 };
-use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::Notify;
 
 use crate::{
@@ -280,13 +279,13 @@ impl Session {
                     Err(error) => {
                         // Where the next frame begins is not known any more.
                         self.error(0, error.code, &error.to_string());
-                        hub.edge.wake();
+                        hub.wake_shards();
                         tokio::time::sleep(Duration::from_millis(50)).await;
                         return;
                     }
                 }
             }
-            hub.edge.wake();
+            hub.wake_shards();
             self.heard.set(Instant::now());
             if self.ended.get() || !input.more().await {
                 return;
@@ -302,7 +301,7 @@ impl Session {
                     return Ok(());
                 }
                 while self.in_flight.get() >= hub.settings.in_flight_max && !self.ended.get() {
-                    hub.edge.wake();
+                    hub.wake_shards();
                     self.answered.notified().await;
                 }
                 self.on_submit(hub, frame).await
@@ -321,7 +320,7 @@ impl Session {
             }
             FrameType::Goodbye => {
                 self.left.set(true);
-                self.ended.set(self.executor.is_some());
+                self.on_leaving(hub).await;
                 Ok(())
             }
             FrameType::Query | FrameType::Wait | FrameType::Stop => self.on_question(hub, frame),
@@ -414,6 +413,11 @@ impl Session {
         self.in_flight
             .set(self.in_flight.get().saturating_sub(count));
         self.answered.notify_one();
+    }
+
+    /// True after the executor's goodbye.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.left.get()
     }
 
     /// One more question is asked; false if there are too many.

@@ -18,9 +18,33 @@ const START_MAX: Duration = Duration::from_secs(60);
 const STOP_MAX: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(2);
 
-/// The engine process, killed when this is dropped.
+/// A process of this run, killed when this is dropped.
+struct Process(Child);
+
+impl Process {
+    /// False if it has not ended by itself by then.
+    async fn ends_within(&mut self, time: Duration) -> bool {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            if let Ok(Some(_)) = self.0.try_wait() {
+                return true;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        false
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The engine process.
 pub struct Server {
-    child: Child,
+    process: Process,
     /// Where it listens.
     pub address: SocketAddr,
     /// The fingerprint of its certificate.
@@ -40,7 +64,7 @@ impl Server {
             file.map_err(|error| format!("{}: {error}", path.display()))
         };
         let start = Instant::now();
-        let mut child = Command::new(program()?)
+        let child = Command::new(program()?)
             .args(["serve", "--listen", &listen.to_string(), "--data"])
             .arg(data)
             .stdin(Stdio::null())
@@ -48,19 +72,18 @@ impl Server {
             .stderr(file(said)?)
             .spawn()
             .map_err(|error| format!("the server does not start: {error}"))?;
+        let mut process = Process(child);
         loop {
             if let Some((address, ca)) = read_state(&state) {
                 return Ok(Server {
-                    child,
+                    process,
                     address,
                     ca,
                     ready: start.elapsed(),
                 });
             }
-            let ended = child.try_wait();
+            let ended = process.0.try_wait();
             if ended.as_ref().is_ok_and(Option::is_some) || start.elapsed() > START_MAX {
-                let _ = child.kill();
-                let _ = child.wait();
                 return Err(format!(
                     "the server does not come up; it said: {}",
                     fs::read_to_string(said).unwrap_or_default().trim()
@@ -77,39 +100,34 @@ impl Server {
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.0.id()
     }
 
     /// Ends it as a crash would: SIGKILL.
     pub fn kill(&mut self) -> Result<(), String> {
-        self.child
+        let child = &mut self.process.0;
+        child
             .kill()
-            .and_then(|()| self.child.wait())
+            .and_then(|()| child.wait())
             .map(drop)
             .map_err(|error| format!("the server cannot be killed: {error}"))
     }
 
     /// Ends it as an operator would: SIGTERM.
     pub async fn stop(mut self) -> Result<(), String> {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id() as i32) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.process.0.id() as i32) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
-        wait(&mut self.child, STOP_MAX)
+        self.process
+            .ends_within(STOP_MAX)
             .await
             .then_some(())
             .ok_or_else(|| "the server does not end within 30 seconds of SIGTERM".to_owned())
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The executor process, killed when this is dropped.
-pub struct Executor(Child);
+/// The executor process.
+pub struct Executor(Process);
 
 impl Executor {
     /// Starts this program as an executor and waits until it is connected.
@@ -134,7 +152,7 @@ impl Executor {
         if let Some(stdout) = child.stdout.take() {
             let _ = BufReader::new(stdout).read_line(&mut line);
         }
-        let executor = Executor(child);
+        let executor = Executor(Process(child));
         if line.trim() == "ready" {
             Ok(executor)
         } else {
@@ -144,36 +162,18 @@ impl Executor {
 
     /// False if it has ended by itself.
     pub fn runs(&mut self) -> bool {
-        matches!(self.0.try_wait(), Ok(None))
+        matches!(self.0.0.try_wait(), Ok(None))
     }
 
     /// Lets it say goodbye.
     pub async fn stop(mut self) -> Result<(), String> {
-        drop(self.0.stdin.take());
-        wait(&mut self.0, STOP_MAX)
+        drop(self.0.0.stdin.take());
+        self.0
+            .ends_within(STOP_MAX)
             .await
             .then_some(())
             .ok_or_else(|| "the executor does not end".to_owned())
     }
-}
-
-impl Drop for Executor {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// False if the process has not ended by then.
-async fn wait(child: &mut Child, time: Duration) -> bool {
-    let start = Instant::now();
-    while start.elapsed() < time {
-        if let Ok(Some(_)) = child.try_wait() {
-            return true;
-        }
-        tokio::time::sleep(LOOK).await;
-    }
-    false
 }
 
 /// This program.

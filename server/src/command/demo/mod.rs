@@ -5,6 +5,7 @@
 //! the processes; `submit` hands in and asks after; `screen` and `report` are what is seen.
 
 use std::{
+    collections::HashSet,
     fs, io,
     path::{Path, PathBuf, absolute},
     process::ExitCode,
@@ -30,7 +31,7 @@ use crate::command::bench::local;
 use files::{DATA_PREFIX, Input, Inputs};
 use host::{Executor, Server};
 use ledger::Ledger;
-use report::{CrashEnd, Report, grouped};
+use report::{CrashEnd, Report, counted, grouped};
 use screen::Screen;
 use submit::{Acknowledged, Job, Plan, ask_all, submit};
 use work::{TENANTS, digest, fails_first, now_ms, wordcount};
@@ -147,8 +148,8 @@ fn introduce(args: &DemoArgs, inputs: &Inputs, data: &Path) {
     let folder = args.folder.canonicalize();
     let folder = folder.as_deref().unwrap_or(&args.folder);
     eprintln!(
-        "{} files, {:.1} MiB, of {}{}",
-        grouped(inputs.files.len() as u64),
+        "{}, {:.1} MiB, of {}{}",
+        counted(inputs.files.len() as u64, "file"),
         inputs.bytes as f64 / f64::from(1 << 20),
         folder.display(),
         if inputs.cut {
@@ -395,19 +396,27 @@ impl Run {
             digests: (0, 0),
             counts: (0, 0),
             wrong: Vec::new(),
+            unaccepted: 0,
             skipped: self.inputs.skipped.len(),
             crash: None,
             outstanding_min: CRASH_OUTSTANDING as u64,
             seconds,
         };
+        let mut known = HashSet::new();
         let expected: Vec<[String; 2]> = self.inputs.files.iter().map(expected).collect();
         for (place, answers) in answers.into_iter().enumerate() {
             let acknowledged = self.acknowledged[place].borrow();
             let plan = &self.plans[place];
             let end = &mut report.tenants[place];
             end.accepted = acknowledged.len() as u64;
+            report.unaccepted += plan.jobs.len() - acknowledged.len();
             end.tally = std::mem::take(&mut ledger.tallies[place]);
             for (&(id, job), answer) in acknowledged.iter().zip(answers) {
+                if !known.insert(id) {
+                    let why = format!("a second task, {}, has this id", plan.jobs[job].task_id);
+                    report.lost.push((id, why));
+                    continue;
+                }
                 let finished = match answer {
                     Ok(finished) => finished,
                     Err(why) => {

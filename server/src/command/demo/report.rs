@@ -42,6 +42,8 @@ pub struct Report {
     pub counts: (u64, u64),
     /// Results that are not what the file says.
     pub wrong: Vec<(RequestId, String)>,
+    /// Planned, and never acknowledged.
+    pub unaccepted: usize,
     pub skipped: usize,
     pub crash: Option<CrashEnd>,
     /// Fewer than this outstanding at the kill prove nothing.
@@ -70,6 +72,9 @@ impl Report {
         };
         name("accepted tasks are lost:", &self.lost);
         name("results are wrong:", &self.wrong);
+        if self.unaccepted > 0 {
+            faults.push(format!("{} tasks were never accepted", self.unaccepted));
+        }
         let failed = self.sum(|tenant| tenant.failed);
         if failed > 0 {
             faults.push(format!("{failed} tasks failed, and none should have"));
@@ -175,14 +180,14 @@ impl Report {
         );
         if let Some(crash) = &self.crash {
             println!(
-                "killed with {} tasks outstanding; {} recovered from the log, listening again after {} ms",
+                "SIGKILL with {} tasks outstanding; {} recovered from the log, listening again after {} ms",
                 grouped(crash.outstanding_at_kill),
                 grouped(crash.recovered),
                 crash.replay_ms
             );
             println!(
-                "{} tasks were executed more often than their own failures asked for",
-                grouped(crash.executed_more_than_once)
+                "{} executed more often than its own failures asked for",
+                counted(crash.executed_more_than_once, "task")
             );
         }
         for line in self.faults() {
@@ -194,14 +199,12 @@ impl Report {
 /// Commands to go on with, as they work when pasted.
 pub fn next_steps(program: &Path, data: &Path) -> String {
     let (program, folder) = (quoted(program), quoted(data));
-    let ca = quoted(&data.join("quic-cert.pem"));
     format!(
         "\nEverything is kept in {folder}. To look at it, serve it again:\n\n  \
          {program} serve --data {folder}\n\n\
          and in another terminal:\n\n  \
-         export PELTON_CA={ca}\n  \
-         {program} stats\n  \
-         {program} task list --tenant noisy\n\n\
+         {program} stats --data {folder}\n  \
+         {program} task list --tenant noisy --data {folder}\n\n\
          With the server stopped again, check every byte of the log:\n\n  \
          {program} log verify --data {folder}"
     )
@@ -238,6 +241,12 @@ fn table(rows: &[[String; 10]]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// `1 file`, `12,345 files`.
+pub fn counted(value: u64, what: &str) -> String {
+    let plural = if value == 1 { "" } else { "s" };
+    format!("{} {what}{plural}", grouped(value))
 }
 
 /// `12,345`.

@@ -76,9 +76,9 @@ impl Screen {
             return;
         };
         for (bar, tally) in bars.iter().zip(tallies) {
-            bar.set_position(tally.done);
+            bar.update(|state| state.set_pos(tally.done));
             bar.set_message(format!(
-                "{:5.0}/s  retrying {:3}  wait p50 {} p99 {}",
+                "{:5.0}/s  {:4} retrying  wait p50 {:>6}  p99 {:>6}",
                 tally.done as f64 / seconds.max(0.1),
                 tally.begun - tally.done,
                 milliseconds(percentile(&tally.wait_ms, 50)),
