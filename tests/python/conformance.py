@@ -105,9 +105,11 @@ async def duplicate(server):
 
 
 async def throttle(server):
+    # A tenant of its own: what is throttled narrows the tenant's queue for a while.
+    tenant = fresh("tenant")
     async with server.connect() as caller, server.connect() as executor:
-        await caller.hello()
-        await executor.hello(executor=uuid.uuid4().int >> 64)
+        await caller.hello(tenant=tenant)
+        await executor.hello(executor=uuid.uuid4().int >> 64, tenant=tenant)
         function = fresh("throttle")
         await make(caller, function)
         assert await executor.register([(function, 1)]) == [pelton.OK]

@@ -150,12 +150,14 @@ async fn restart_under_a_running_task(end: End, ends_while_down: bool) {
     server.restart();
     if !ends_while_down {
         // The executor is back, and has not been handed the task a second time: this one runs beside it.
-        let beside = client
-            .submit("long", Task::new("y"))
-            .await
-            .unwrap()
-            .request_id;
-        eventually("the executor is back", async || ledger.runs(beside) == 1).await;
+        let beside = async || {
+            // On the old connection it cannot be known whether the task was taken: the name makes it safe to ask again.
+            let submitted = client
+                .submit("long", Task::new("y").task_id("beside"))
+                .await;
+            submitted.is_ok_and(|submitted| ledger.runs(submitted.request_id) == 1)
+        };
+        eventually("the executor is back", beside).await;
         gate.open(2);
     }
     let finished = tokio::time::timeout(PATIENCE, again.finished())

@@ -458,3 +458,53 @@ async fn a_task_waits_for_an_executor_and_a_function_is_known_once_it_was_offere
     let finished = waiting.finished().await.unwrap();
     assert_eq!(finished.result.as_deref(), Some(&b"late"[..]));
 }
+
+#[tokio::test]
+async fn a_listing_has_the_tasks_asked_for_page_by_page_over_all_shards() {
+    let server = Server::start(ServerOptions { shards: 3 });
+    let client = server.client().await;
+    make(&client, r#"{"function": "one"}"#).await;
+    make(&client, r#"{"function": "two"}"#).await;
+    for function in ["one", "two"] {
+        let names = (0..40).map(|n| format!("{}-{n}", if n % 2 == 0 { "even" } else { "odd" }));
+        let tasks: Vec<Task> = names.map(|name| Task::new("x").task_id(name)).collect();
+        for submitted in client.submit_batch(function, &tasks).await {
+            submitted.unwrap();
+        }
+    }
+    for (function, prefix, expected) in [
+        (None, None, 80),
+        (Some("one"), None, 40),
+        (Some("two"), Some("odd-"), 20),
+        (None, Some("even-1"), 10),
+        (None, Some("nothing"), 0),
+    ] {
+        let mut list = List {
+            function: function.map(str::to_owned),
+            prefix: prefix.map(str::to_owned),
+            status: Some(TaskStatus::Enqueued),
+            limit: Some(7),
+            ..List::default()
+        };
+        let mut found = std::collections::BTreeSet::new();
+        loop {
+            let page: Value = serde_json::from_str(&client.list(&list).await.unwrap()).unwrap();
+            let tasks = page["tasks"].as_array().unwrap();
+            assert!(tasks.len() <= 7);
+            for task in tasks {
+                assert!(
+                    task["task_id"]
+                        .as_str()
+                        .unwrap()
+                        .starts_with(prefix.unwrap_or(""))
+                );
+                assert!(found.insert(task["request_id"].as_str().unwrap().to_owned()));
+            }
+            list.cursor = page["cursor"].as_str().map(str::to_owned);
+            if list.cursor.is_none() {
+                break;
+            }
+        }
+        assert_eq!(found.len(), expected, "{function:?} {prefix:?}");
+    }
+}
