@@ -3,7 +3,8 @@
 use alloc::{boxed::Box, vec::Vec};
 
 use crate::{
-    config::{Change, OnFailure},
+    config::{Change, ConfigRefusal, OnFailure, Wish},
+    error::Code,
     event::{Control, Effects, Reply, Urgency},
     id::{FunctionId, ShardId},
     limits::NAME_BYTES_MAX,
@@ -115,7 +116,9 @@ impl Shard {
             if space.room() < 2 * record_bytes(NAME_BYTES_MAX) {
                 return;
             }
-            let planned = self.directory.plan(wish);
+            let planned = self
+                .divides(wish)
+                .and_then(|()| self.directory.plan(wish));
             self.wishes.pop_front();
             let refusal = match planned {
                 Ok(changes) if !changes.is_empty() => {
@@ -153,6 +156,26 @@ impl Shard {
             self.note(Urgency::Soon);
         }
         self.carry_config_forward(space);
+    }
+
+    /// A limit is split over the shards: one that leaves some without a part would leave their tasks waiting for ever.
+    fn divides(&self, wish: &Wish) -> Result<(), ConfigRefusal> {
+        match wish {
+            Wish::SetFunction { config, .. }
+                if (1..u32::from(self.options.shards)).contains(&config.concurrency) =>
+            {
+                Err(ConfigRefusal {
+                    code: Code::FailedPrecondition,
+                    what: "concurrency is 0 (no limit) or at least the number of shards; an ordering key runs one task \
+                           at a time, and `serve --shards 1` on a new data directory allows any limit",
+                })
+            }
+            Wish::SetFunction { .. }
+            | Wish::SetTenant { .. }
+            | Wish::EnsureTenant { .. }
+            | Wish::EnsureFunction { .. }
+            | Wish::RemoveFunction { .. } => Ok(()),
+        }
     }
 
     /// Another shard has logged a change. One that is not of the wish being carried out was sent to a shard that was

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use crate::{
     event::{Effects, Fetch, Fetched},
     id::FunctionId,
-    record::BatchSpace,
+    record::{BatchSpace, read_task},
     schedule::pool::{Signal, WINDOW_NS},
     shard::Shard,
     state::{Event, State},
@@ -123,7 +123,9 @@ impl Shard {
             task.clear(FLAG_FETCHING);
             let wanted =
                 matches!(task.state(), State::Enqueued | State::Dequeued) && task.holder == NIL;
-            match record {
+            // What the disk gave back is looked at before it is believed.
+            let sound = |record: &&Vec<u8>| read_task(record).is_ok_and(|t| t.request() == *request);
+            match record.as_ref().filter(sound) {
                 Some(record) if wanted => {
                     let blob = self.blobs.put(record);
                     self.tasks[slot].holder = blob;
