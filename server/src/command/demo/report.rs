@@ -70,7 +70,10 @@ impl Report {
                 }
             }
         };
-        name("accepted tasks are lost:", &self.lost);
+        name(
+            "accepted tasks are lost (not there, or not terminal):",
+            &self.lost,
+        );
         name("results are wrong:", &self.wrong);
         if self.unaccepted > 0 {
             faults.push(format!("{} tasks were never accepted", self.unaccepted));
@@ -284,7 +287,10 @@ mod tests {
         let id = RequestId(7);
         report.lost = vec![(id, "NOT_FOUND".to_owned()); 25];
         let faults = report.faults();
-        assert_eq!(faults[0], "25 accepted tasks are lost:");
+        assert_eq!(
+            faults[0],
+            "25 accepted tasks are lost (not there, or not terminal):"
+        );
         assert_eq!(faults[1], format!("  {id}  NOT_FOUND"));
         assert_eq!(faults.last().map(String::as_str), Some("  and 5 more"));
         assert_eq!(report.to_json(Path::new("d"))["lost"], 25);
