@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::command::serve::STATE_FILE;
 
 const START_MAX: Duration = Duration::from_secs(60);
-const STOP_MAX: Duration = Duration::from_secs(30);
+const STOP_MAX: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(2);
 
 /// A process of this run, killed when this is dropped.
@@ -122,7 +122,7 @@ impl Server {
             .ends_within(STOP_MAX)
             .await
             .then_some(())
-            .ok_or_else(|| "the server does not end within 30 seconds of SIGTERM".to_owned())
+            .ok_or_else(|| "the server does not end within 15 seconds of SIGTERM".to_owned())
     }
 }
 
@@ -172,7 +172,7 @@ impl Executor {
             .ends_within(STOP_MAX)
             .await
             .then_some(())
-            .ok_or_else(|| "the executor does not end".to_owned())
+            .ok_or_else(|| "the executor does not end within 15 seconds".to_owned())
     }
 }
 

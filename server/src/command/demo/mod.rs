@@ -387,8 +387,12 @@ impl Run {
             mut ledger,
             ..
         } = self;
-        executor.stop().await?;
-        server.stop().await?;
+        // What a process does at its end does not hide the verdict.
+        for ended in [executor.stop().await, server.stop().await] {
+            if let Err(error) = ended {
+                eprintln!("{error}; it was killed");
+            }
+        }
         ledger.read_on().map_err(|error| error.to_string())?;
         let mut report = Report {
             tenants: Default::default(),

@@ -70,7 +70,10 @@ impl Report {
                 }
             }
         };
-        name("accepted tasks are lost:", &self.lost);
+        name(
+            "accepted tasks are lost (not there, or not terminal):",
+            &self.lost,
+        );
         name("results are wrong:", &self.wrong);
         if self.unaccepted > 0 {
             faults.push(format!("{} tasks were never accepted", self.unaccepted));
@@ -265,6 +268,41 @@ pub fn grouped(value: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_lost_or_wrong_is_named_and_a_crash_that_proves_nothing_is_told() {
+        let mut report = Report {
+            tenants: Default::default(),
+            lost: Vec::new(),
+            digests: (3, 3),
+            counts: (3, 3),
+            wrong: Vec::new(),
+            unaccepted: 0,
+            skipped: 0,
+            crash: None,
+            outstanding_min: 1_000,
+            seconds: 10.0,
+        };
+        assert!(report.faults().is_empty());
+        let id = RequestId(7);
+        report.lost = vec![(id, "NOT_FOUND".to_owned()); 25];
+        let faults = report.faults();
+        assert_eq!(
+            faults[0],
+            "25 accepted tasks are lost (not there, or not terminal):"
+        );
+        assert_eq!(faults[1], format!("  {id}  NOT_FOUND"));
+        assert_eq!(faults.last().map(String::as_str), Some("  and 5 more"));
+        assert_eq!(report.to_json(Path::new("d"))["lost"], 25);
+        report.lost.clear();
+        report.crash = Some(CrashEnd {
+            outstanding_at_kill: 999,
+            recovered: 999,
+            executed_more_than_once: 0,
+            replay_ms: 1,
+        });
+        assert_eq!(report.faults().len(), 1);
+    }
 
     #[test]
     fn numbers_and_paths_are_written_for_people_and_shells() {
