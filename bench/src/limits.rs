@@ -16,7 +16,7 @@ use pelton_net::{
     frame::{FrameReader, FrameType},
     id::RequestId,
     limits::FRAME_BYTES_MAX,
-    quic::{certificate::Certificate, client::Trust, server::bind},
+    quic::{RecvStream, SendStream, certificate::Certificate, client::Trust, server::bind},
     session::{PROTOCOL_VERSION, Welcome},
     submit::{ANSWER_DURABLE, AnswerWriter, Durability, SubmitView, TaskAnswer},
 };
@@ -162,7 +162,7 @@ async fn quic(folder: &Path, load: &Load) -> Result<Counted, String> {
     counted.map_err(|error| error.to_string())
 }
 
-async fn answer(mut send: quinn::SendStream, mut receive: quinn::RecvStream) {
+async fn answer(mut send: SendStream, mut receive: RecvStream) {
     let mut reader = FrameReader::new(FRAME_BYTES_MAX);
     let mut out = BytesMut::new();
     while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {

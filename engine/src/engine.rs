@@ -6,7 +6,7 @@ use std::{
     sync::{
         Arc, Mutex, OnceLock,
         atomic::Ordering::*,
-        mpsc::{Receiver, RecvTimeoutError, channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread,
     time::{Duration, Instant},
@@ -14,7 +14,8 @@ use std::{
 
 use glommio::{LocalExecutorBuilder, Placement};
 use pelton_core::{
-    config::Directory,
+    config::{Change, Directory},
+    event::Control,
     id::ShardId,
     limits::{EDGE_COUNT_MAX, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT, SHARD_COUNT_MAX},
     shard::Options as CoreOptions,
@@ -34,10 +35,8 @@ use crate::{
     shard_loop::{Setup, ShardLoop},
 };
 
-/// Memory that glommio registers for its own direct I/O, per shard.
-const GLOMMIO_IO_BYTES: usize = 2 << 20;
-/// How soon glommio looks for finished background work while a shard is busy.
-const GLOMMIO_PREEMPT: Duration = Duration::from_micros(100);
+/// Memory that glommio registers with the kernel for direct I/O of its own, per shard: the log has its own.
+const GLOMMIO_IO_BYTES: usize = 64 << 10;
 
 /// How an engine is opened. The defaults suit a machine that it has to itself.
 #[derive(Clone, Debug)]
@@ -170,10 +169,18 @@ impl Engine {
         });
         let (ended_sender, ended) = channel();
         let (opened_sender, opened) = channel();
+        let (ready_sender, ready) = channel();
         let mut threads = Vec::new();
+        let mut starts = Vec::new();
         for shard in 0..manifest.shards {
             let setup = setup(&options, &manifest, shard, &directory, &shared);
-            let opened = opened_sender.clone();
+            let (start, begin) = channel();
+            starts.push(start);
+            let said = Said {
+                opened: opened_sender.clone(),
+                begin,
+                ready: ready_sender.clone(),
+            };
             let ended = ended_sender.clone();
             let placement = match options.pin.as_slice() {
                 [] => Placement::Unbound,
@@ -182,13 +189,14 @@ impl Engine {
             let thread = thread::Builder::new()
                 .name(format!("pelton-shard-{shard}"))
                 .spawn(move || {
-                    run_shard(setup, placement, &opened);
+                    run_shard(setup, placement, &said);
                     let _ = ended.send(ShardId(shard));
                 })
                 .map_err(|error| OpenError::Thread(error.to_string()))?;
             threads.push(thread);
         }
         drop(opened_sender);
+        drop(ready_sender);
         let mut engine = Engine {
             shared,
             threads: Mutex::new(threads),
@@ -199,24 +207,26 @@ impl Engine {
             embedded: OnceLock::new(),
             embedding: Mutex::new(()),
         };
-        let mut newest = Directory::default();
-        let mut reports = Vec::new();
+        let mut found = Vec::new();
         for opened in opened.iter().take(usize::from(manifest.shards)) {
             // Dropping the engine stops the shards that have started.
-            let (shard, report, directory) = opened?;
-            reports.push((shard, report));
-            if directory.version() > newest.version() {
-                newest = directory;
-            }
+            found.push(opened?);
         }
-        reports.sort_by_key(|(shard, _)| *shard);
-        if reports.len() != engine.shared.inboxes.len() {
-            return Err(OpenError::Thread(
-                "it ended before its log was recovered".to_owned(),
-            ));
+        found.sort_by_key(|found| found.0);
+        let ended_early = || OpenError::Thread("it ended before it served".to_owned());
+        if found.len() != starts.len() {
+            return Err(ended_early());
         }
-        engine.reports = reports.into_iter().map(|(_, report)| report).collect();
-        engine.shared.routes.adopt(newest);
+        // Shard 0 orders configuration. A crash between its log and another's leaves that one behind.
+        let truth = found[0].2.clone();
+        for ((_, report, directory), start) in found.into_iter().zip(starts) {
+            engine.reports.push(report);
+            let _ = start.send(missing(&truth, &directory));
+        }
+        engine.shared.routes.adopt(truth);
+        if ready.iter().take(engine.reports.len()).count() != engine.reports.len() {
+            return Err(ended_early());
+        }
         Ok(engine)
     }
 
@@ -304,33 +314,58 @@ impl fmt::Debug for Engine {
 
 type Opened = Result<(ShardId, Report, Directory), OpenError>;
 
-fn run_shard(setup: Setup, placement: Placement, opened: &std::sync::mpsc::Sender<Opened>) {
+/// What a shard's thread and whoever opens the engine tell each other: the log is recovered; the changes of
+/// configuration that it lacks; they are on disk.
+struct Said {
+    opened: Sender<Opened>,
+    begin: Receiver<Vec<Control>>,
+    ready: Sender<()>,
+}
+
+fn run_shard(setup: Setup, placement: Placement, said: &Said) {
     let me = setup.core.shard;
     let executor = LocalExecutorBuilder::new(placement)
         .name(&format!("pelton-shard-{}", me.0))
         .io_memory(GLOMMIO_IO_BYTES)
-        .preempt_timer(GLOMMIO_PREEMPT)
         .make();
     let executor = match executor {
         Ok(executor) => executor,
         Err(error) => {
-            let _ = opened.send(Err(OpenError::Thread(error.to_string())));
+            let _ = said.opened.send(Err(OpenError::Thread(error.to_string())));
             return;
         }
     };
     executor.run(async {
-        match ShardLoop::open(setup) {
-            Ok((shard, report)) => {
-                let directory = shard.directory().clone();
-                if opened.send(Ok((me, report, directory))).is_ok() {
-                    shard.run();
-                }
-            }
+        let (shard, report) = match ShardLoop::open(setup) {
+            Ok(opened) => opened,
             Err(error) => {
-                let _ = opened.send(Err(error));
+                let _ = said.opened.send(Err(error));
+                return;
             }
+        };
+        let directory = shard.directory().clone();
+        if said.opened.send(Ok((me, report, directory))).is_err() {
+            return;
+        }
+        if let Ok(missing) = said.begin.recv() {
+            shard.run(missing, &said.ready);
         }
     });
+}
+
+/// What a shard must still log to know what shard 0 knows.
+fn missing(truth: &Directory, behind: &Directory) -> Vec<Control> {
+    let lacks = |change: &Change| match change {
+        Change::Tenant { id, .. } => behind.tenant(*id) != truth.tenant(*id),
+        Change::Function { id, .. } | Change::FunctionRemoved { id } => {
+            behind.function(*id) != truth.function(*id)
+        }
+    };
+    let changes = truth.dump().filter(lacks);
+    let version = truth.version();
+    changes
+        .map(|change| Control::Apply { version, change })
+        .collect()
 }
 
 fn setup(

@@ -1,12 +1,12 @@
 //! The loop of one shard: gather what came, step, perform what the step wants, sleep.
 //!
-//! It runs as the main task of a glommio executor on its own thread and never awaits while it has work: it sleeps in
-//! the log's own ring, which the bell of the inboxes ends, and yields to glommio while that has background work.
+//! It runs as the main task of a glommio executor on its own thread and sleeps in the log's ring, which the bell of the
+//! inboxes ends.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     path::PathBuf,
-    sync::{Arc, atomic::Ordering::*},
+    sync::{Arc, atomic::Ordering::*, mpsc::Sender},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -151,12 +151,20 @@ impl ShardLoop {
         self.shard.directory()
     }
 
-    /// Serves until the engine stops it; then flushes and closes the log.
-    pub(crate) fn run(mut self) {
+    /// Logs the configuration that it lacks and says that it is ready, then serves until the engine stops it, flushes
+    /// and closes the log.
+    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) {
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
+        let mut told = false;
+        self.inbox.control.extend(missing);
         loop {
+            if !told && self.is_drained() {
+                // Whoever opens the engine may have given up.
+                let _ = ready.send(());
+                told = true;
+            }
             let now = self.now();
             let worked = self.turn(now, inbox);
             if inbox.stop.load(Relaxed) && !worked && self.is_drained() {

@@ -57,11 +57,18 @@ enum Command {
     Stats(command::stats::StatsArgs),
     Doctor(command::doctor::DoctorArgs),
     Config(command::config::ConfigArgs),
+    /// See it work on a folder of this machine, also through a crash
+    Demo(command::demo::DemoArgs),
+    /// Look at the log of a data directory
+    Log(command::log::LogArgs),
     /// Measure a server on this machine
     Bench(pelton_bench::BenchArgs),
     /// The executor of a benchmark
     #[command(hide = true)]
     BenchWorker(pelton_bench::worker::WorkerArgs),
+    /// The executor of the demonstration
+    #[command(hide = true)]
+    DemoExecutor(command::demo::work::ExecutorArgs),
     Completions(command::completions::CompletionsArgs),
 }
 
@@ -77,9 +84,12 @@ fn main() -> ExitCode {
         Command::Stats(args) => (Layer::default(), args.json()),
         Command::Doctor(args) => (args.layer(), args.json()),
         Command::Config(args) => (Layer::default(), args.json()),
-        Command::Bench(_) | Command::BenchWorker(_) | Command::Completions(_) => {
-            (Layer::default(), false)
-        }
+        Command::Demo(_)
+        | Command::Log(_)
+        | Command::Bench(_)
+        | Command::BenchWorker(_)
+        | Command::DemoExecutor(_)
+        | Command::Completions(_) => (Layer::default(), false),
     };
     flags.server.log = arguments.log.clone();
     let config = Config::load(arguments.config.as_deref(), flags).map_err(Failure::usage);
@@ -100,6 +110,9 @@ fn main() -> ExitCode {
         Command::Stats(args) => local(command::stats::run(&args, &config)),
         Command::Doctor(args) => command::doctor::run(&args, &config),
         Command::Config(args) => command::config::run(&args, &config),
+        Command::Demo(args) => return command::demo::run(args),
+        Command::Log(args) => return command::log::run(&args),
+        Command::DemoExecutor(args) => return command::demo::work::run(args),
         Command::Bench(args) => return command::bench::run(args),
         Command::BenchWorker(args) => return command::bench::work(args),
         Command::Completions(args) => command::completions::run(&args, Arguments::command()),

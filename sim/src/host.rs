@@ -113,6 +113,7 @@ impl Host {
             self.log
                 .read(fetch.request.0, fetch.position, fetch.bytes as usize);
         }
+        self.log.start_reads();
         self.log.retire_before(self.shard.retire_before());
         self.log.tick(now.mono_ns);
         Ok(effects)

@@ -2,7 +2,8 @@
 //! [`log::Log`] asks for. `docs/FORMAT.md` describes the bytes.
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
-//! log; `recover` how it is found again; `memory` a disk for tests; `manifest` what a data directory is.
+//! log; `recover` how it is found again; `memory` a disk for tests; `file` one that is
+//! only read; `manifest` what a data directory is.
 
 pub mod format;
 
@@ -15,6 +16,8 @@ pub mod log;
 pub mod recover;
 
 pub mod memory;
+
+pub mod file;
 
 pub mod manifest;
 

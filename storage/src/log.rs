@@ -26,21 +26,21 @@ use crate::{
 /// Buffers that a device holds for a log: one in flight, one open, one durable and being read.
 pub const BUFFER_COUNT: usize = 3;
 /// Prepared segments that are kept ready.
-const PREPARED_COUNT: usize = 2;
+pub const PREPARED_COUNT: usize = 2;
 /// Dead files that are kept for recycling; more are removed.
-const DEAD_COUNT_MAX: usize = 2;
+pub const DEAD_COUNT_MAX: usize = 2;
 /// Pieces of filling in flight at once.
-const FILL_PIECES_MAX: u32 = 4;
+pub const FILL_PIECES_MAX: u32 = 4;
 /// A segment with less room than this is at its end.
 const ROLL_BYTES: u64 = 128 << 10;
 /// Time after the last batch at which an empty one carries the durable position forward.
-const CARRY_AFTER_NS: u64 = 5_000_000;
+pub const CARRY_AFTER_NS: u64 = 5_000_000;
 /// Pause after failed preparation of a segment.
-const PREPARE_AGAIN_NS: u64 = 1_000_000_000;
+pub const PREPARE_AGAIN_NS: u64 = 1_000_000_000;
 /// What filling may do while nothing is appended, per millisecond.
 const FILL_IDLE_BYTES_PER_MS: u64 = 64 << 10;
 /// Tries of a read before the record counts as lost.
-const READ_TRIES: u32 = 3;
+pub const READ_TRIES: u32 = 3;
 
 /// Records this close to each other are read in one piece, of at most this many bytes.
 const READ_GAP_BYTES: u64 = 16 << 10;

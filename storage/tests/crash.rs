@@ -4,7 +4,6 @@
     clippy::unwrap_used,
     reason = "a helper of a test fails as the test does"
 )]
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use pelton_core::{
     id::Lsn,

@@ -1,1 +1,16 @@
-//! Placeholder.
+//! Whole-system tests: real processes, real sockets, a real disk.
+//!
+//! Reading order: `server` runs `pelton serve` as a child; `deadline` waits for what is to become true; `worker` runs
+//! functions in this process and counts their attempts; `raw` speaks single frames. The tests are in `tests/`.
+
+pub mod deadline;
+
+pub mod server;
+
+pub mod worker;
+
+pub mod raw;
+
+pub use deadline::{PATIENCE, eventually};
+pub use server::{Server, ServerOptions};
+pub use worker::Worker;

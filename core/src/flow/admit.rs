@@ -89,28 +89,27 @@ impl Shard {
                 if hash == payload_hash(&batch.bytes[task.payload.range()]) {
                     answer.duplicate = true;
                     answer.durable = true;
-                    // Where the first one is not durable yet, this answer leaves with it.
-                    let ahead = number.map_or(0, |number| (self.open_number - number) as usize);
-                    at_once = number.is_none();
-                    if ahead > 0 {
-                        let at = self.sealed.len() - ahead;
-                        let edge = self.sealed[at].edges.edge(edge);
-                        let run = AnswerRun {
-                            connection: batch.connection,
-                            ticket: batch.ticket,
-                            first: edge.answers.len() as u32,
-                            count: 1,
-                        };
-                        edge.runs.push(run);
-                        edge.answers.push(answer);
-                        batch.done += 1;
-                        continue;
-                    }
                 } else {
                     answer.code = Code::IdReused;
                     answer.what =
                         "this task_id was given with another payload; choose another task_id";
-                    answer.request = RequestId::default();
+                }
+                // Where the first one is not durable yet, this answer leaves with it.
+                let ahead = number.map_or(0, |number| (self.open_number - number) as usize);
+                at_once = number.is_none();
+                if ahead > 0 {
+                    let at = self.sealed.len() - ahead;
+                    let edge = self.sealed[at].edges.edge(edge);
+                    let run = AnswerRun {
+                        connection: batch.connection,
+                        ticket: batch.ticket,
+                        first: edge.answers.len() as u32,
+                        count: 1,
+                    };
+                    edge.runs.push(run);
+                    edge.answers.push(answer);
+                    batch.done += 1;
+                    continue;
                 }
             } else {
                 let Some(request) = self.accept(batch, batch.done, name, variable, space) else {

@@ -3,7 +3,6 @@
     clippy::unwrap_used,
     reason = "a helper of a test fails as the test does"
 )]
-#![expect(clippy::unwrap_used, reason = "a rig may panic, it is a test")]
 
 use std::collections::BTreeMap;
 

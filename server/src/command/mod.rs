@@ -10,6 +10,10 @@ pub mod time;
 
 pub mod serve;
 
+pub mod demo;
+
+pub mod log;
+
 pub mod bench;
 
 pub mod task;

@@ -40,10 +40,12 @@ pub(crate) struct Executing {
     /// Tasks that came for a slot that had just been lent elsewhere.
     held: RefCell<VecDeque<(u16, BytesMut)>>,
     /// Leases of resume frames that were full, so that more follow: the frames' tags and what they hold.
-    presented: RefCell<Vec<(u64, Vec<(RequestId, Token)>)>>,
+    presented: RefCell<Vec<(u64, Leases)>>,
     /// Its connection cannot take what it is sent: no slots are lent until it has.
     pub(crate) choked: std::cell::Cell<bool>,
 }
+
+type Leases = Vec<(RequestId, Token)>;
 
 struct Offered {
     function: FunctionId,
@@ -186,7 +188,7 @@ impl Session {
             let changed = match &mut self.executing.functions.borrow_mut()[index] {
                 Some(offered) => {
                     busy |= offered.lender.busy() > 0;
-                    offered.lender.rebalance()
+                    !self.takes_none() && offered.lender.rebalance()
                 }
                 None => false,
             };
@@ -199,12 +201,12 @@ impl Session {
 
     /// Stops lending while the executor's connection cannot take what it is sent, and lends again when it has.
     pub(crate) async fn lend_by_backlog(&self, hub: &Hub, waiting_bytes: usize) {
-        let Some(executor) = self.executor else {
+        let Some(executor) = self.executor.filter(|_| !self.is_leaving()) else {
             return;
         };
         let choked = self.executing.choked.get();
         let now = waiting_bytes > if choked { 0 } else { WAITING_BYTES_MAX };
-        if now == choked {
+        if now == choked || self.left.get() {
             return;
         }
         self.executing.choked.set(now);
@@ -220,6 +222,25 @@ impl Session {
             }
             self.lend(hub, executor, index).await;
         }
+    }
+
+    /// Lends no slots any more: the executor is leaving.
+    pub(crate) async fn lend_nothing(&self, hub: &Hub) {
+        let Some(executor) = self.executor else {
+            return;
+        };
+        let count = self.executing.functions.borrow().len();
+        for index in 0..count {
+            if let Some(offered) = &mut self.executing.functions.borrow_mut()[index] {
+                offered.lender.hold();
+            }
+            self.lend(hub, executor, index).await;
+        }
+    }
+
+    /// True while no slots are to be lent.
+    fn takes_none(&self) -> bool {
+        self.left.get() || self.executing.choked.get()
     }
 
     /// Sends tasks to the executor; their leases are durable.
@@ -384,12 +405,12 @@ impl Session {
             return Ok(());
         }
         let frames = self.executing.presented.take();
-        let presented: Vec<(RequestId, Token)> = frames
+        let presented: Leases = frames
             .iter()
             .flat_map(|(_, leases)| leases)
             .copied()
             .collect();
-        let mut kept: Vec<(RequestId, Token)> = Vec::new();
+        let mut kept = Leases::new();
         for shard in hub.edge.shards() {
             let leases: Vec<_> = hub.edge.with_routes(|routes| {
                 let here = |lease: &&(RequestId, Token)| routes.shard_of(lease.0.cell()) == shard;

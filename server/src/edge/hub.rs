@@ -79,6 +79,7 @@ pub(crate) struct Hub {
     asked: RefCell<HashMap<u64, oneshot::Sender<Answered>>>,
     split: RefCell<HashMap<u64, SplitOutcomes>>,
     pub(crate) closing: Cell<bool>,
+    given: Notify,
 }
 
 impl Hub {
@@ -95,6 +96,7 @@ impl Hub {
             asked: RefCell::default(),
             split: RefCell::default(),
             closing: Cell::new(false),
+            given: Notify::new(),
         }
     }
 
@@ -121,7 +123,7 @@ impl Hub {
         loop {
             match self.edge.control(shard, control) {
                 Ok(()) => {
-                    self.edge.wake();
+                    self.wake_shards();
                     return true;
                 }
                 Err(_) if self.edge.is_gone(shard) => return false,
@@ -184,6 +186,20 @@ impl Hub {
         };
         self.split.borrow_mut().insert(ticket, split);
         ticket
+    }
+
+    /// Shards have been given something: they are woken once every session that has bytes now has had its turn, so that
+    /// what arrived together goes into one batch of the log.
+    pub(crate) fn wake_shards(&self) {
+        self.given.notify_one();
+    }
+
+    /// Wakes shards. Whoever asks for it puts this task behind the sessions that are ready already.
+    pub(crate) async fn ring(self: Rc<Self>) {
+        loop {
+            self.given.notified().await;
+            self.edge.wake();
+        }
     }
 
     /// Hands out deliveries for as long as the edge lives.

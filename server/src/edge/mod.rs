@@ -190,6 +190,7 @@ fn run_edge(
         };
         let _ = started.send(Ok(()));
         let pump = tokio::task::spawn_local(Rc::clone(&hub).pump(bell));
+        let ringer = tokio::task::spawn_local(Rc::clone(&hub).ring());
         let minder = tokio::task::spawn_local(Rc::clone(&hub).mind());
         let accept = tokio::task::spawn_local(session::accept(Rc::clone(&hub), listener.clone()));
         let grace = stopping
@@ -201,6 +202,7 @@ fn run_edge(
         hub.say_goodbye(grace.unwrap_or_default()).await;
         minder.abort();
         pump.abort();
+        ringer.abort();
         listener.endpoint().close(0u32.into(), b"closing");
         let _ = tokio::time::timeout(Duration::from_secs(1), listener.endpoint().wait_idle()).await;
     });

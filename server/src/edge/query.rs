@@ -36,6 +36,8 @@ use crate::{
 /// Rows of a page where the caller does not say.
 const PAGE_ROWS: u32 = 100;
 const PAGE_ROWS_MAX: u32 = 1_000;
+/// Times that shards are asked for one page: with a prefix, a page may be short and have a cursor all the same.
+const LOOKS_MAX: u32 = 512;
 
 /// What any wait gets, so that the shard's answer about a terminal task arrives within it.
 const WAIT_MIN: Duration = Duration::from_millis(100);
@@ -54,9 +56,9 @@ impl Session {
     ) -> Result<(), ProtocolError> {
         // What is broken is refused before anything is started.
         match frame.kind {
-            FrameType::Wait => drop(Wait::parse(&frame)?),
-            FrameType::Stop => drop(Items::<Stop>::parse(&frame)?),
-            _ => drop(Query::parse(&frame)?),
+            FrameType::Wait => Wait::parse(&frame).map(|_| ())?,
+            FrameType::Stop => Items::<Stop>::parse(&frame).map(|_| ())?,
+            _ => Query::parse(&frame).map(|_| ())?,
         }
         if !self.begin_question() {
             self.error(
@@ -462,7 +464,8 @@ impl Session {
 
     /// A page of tasks. The cursor names the shard and the place in it, so that it is stable under inserts.
     async fn list(&self, hub: &Hub, fields: &Fields) -> Result<Value, Refusal> {
-        fields.only(&["status", "function", "cursor", "limit"])?;
+        fields.only(&["status", "function", "prefix", "cursor", "limit"])?;
+        let prefix = fields.optional("prefix")?.unwrap_or("");
         let state = match fields.optional("status")? {
             None => None,
             Some(name) => Some(State::from_name(name).ok_or_else(|| {
@@ -491,7 +494,9 @@ impl Session {
                 .ok_or_else(|| invalid("cursor is what the page before answered"))?,
         };
         let mut tasks = Vec::new();
-        while shard < hub.edge.shard_count() && (tasks.len() as u32) < limit {
+        let mut looks = 0;
+        while shard < hub.edge.shard_count() && (tasks.len() as u32) < limit && looks < LOOKS_MAX {
+            looks += 1;
             let filter = Filter {
                 state,
                 function,
@@ -506,7 +511,8 @@ impl Session {
                     tasks: page,
                     cursor: next,
                 })) => {
-                    tasks.extend(page.iter().map(|task| self.describe(hub, task, false)));
+                    let named = page.iter().filter(|task| task.task_id.starts_with(prefix));
+                    tasks.extend(named.map(|task| self.describe(hub, task, false)));
                     cursor = next;
                 }
                 Some(Answered::Reply(Reply::Refused { code, what })) => {

@@ -20,10 +20,9 @@ use pelton_net::{
     error::ProtocolError,
     frame::{Frame, FrameReader, FrameType},
     item::Items,
-    quic::server::Listener,
+    quic::{Connection, RecvStream, SendStream, VarInt, server::Listener},
     session::{Credential, ErrorFrame, Hello, Lease, PROTOCOL_VERSION, Welcome},
 };
-use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::Notify;
 
 use crate::{
@@ -60,8 +59,9 @@ pub(crate) struct Session {
     answered: Notify,
     pub(crate) questions: Cell<u32>,
     heard: Cell<Instant>,
-    /// The executor said goodbye: what it holds is given back.
-    left: Cell<bool>,
+    /// The executor said goodbye, or was silent for too long: it is handed out nothing, and what it still holds when
+    /// its connection ends is free at once.
+    pub(crate) left: Cell<bool>,
     ended: Cell<bool>,
 }
 
@@ -280,13 +280,13 @@ impl Session {
                     Err(error) => {
                         // Where the next frame begins is not known any more.
                         self.error(0, error.code, &error.to_string());
-                        hub.edge.wake();
+                        hub.wake_shards();
                         tokio::time::sleep(Duration::from_millis(50)).await;
                         return;
                     }
                 }
             }
-            hub.edge.wake();
+            hub.wake_shards();
             self.heard.set(Instant::now());
             if self.ended.get() || !input.more().await {
                 return;
@@ -302,7 +302,7 @@ impl Session {
                     return Ok(());
                 }
                 while self.in_flight.get() >= hub.settings.in_flight_max && !self.ended.get() {
-                    hub.edge.wake();
+                    hub.wake_shards();
                     self.answered.notified().await;
                 }
                 self.on_submit(hub, frame).await
@@ -320,8 +320,9 @@ impl Session {
                 Ok(())
             }
             FrameType::Goodbye => {
+                // It goes on sending outcomes, and closes the connection when it is done.
                 self.left.set(true);
-                self.ended.set(self.executor.is_some());
+                self.lend_nothing(hub).await;
                 Ok(())
             }
             FrameType::Query | FrameType::Wait | FrameType::Stop => self.on_question(hub, frame),
@@ -416,6 +417,11 @@ impl Session {
         self.answered.notify_one();
     }
 
+    /// True after the executor's goodbye.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.left.get()
+    }
+
     /// One more question is asked; false if there are too many.
     pub(crate) fn begin_question(&self) -> bool {
         let asked = self.questions.get() < QUESTIONS_MAX;
@@ -435,9 +441,10 @@ impl Session {
                 || !self.out.borrow().is_empty())
     }
 
-    /// Ends an executor's session that has not been heard of for so long: its leases go their way.
+    /// Ends an executor's session that has not been heard of for so long: its leases are over.
     pub(crate) fn end_if_silent(&self, longest: Duration) {
         if self.executor.is_some() && self.heard.get().elapsed() > longest {
+            self.left.set(true);
             self.end(Code::DeadlineExceeded, "no heartbeat came in time");
         }
     }

@@ -93,9 +93,9 @@ impl Session {
         let view = SubmitView::parse(&frame)?;
         let tenant = routes.tenant(&self.tenant);
         let mut functions = [None; SUBMIT_FUNCTIONS_MAX];
-        for index in 0..view.function_count() {
+        for (index, place) in functions[..view.function_count()].iter_mut().enumerate() {
             let name = view.function(index as u8);
-            functions[index] = name.zip(tenant).and_then(|(name, tenant)| {
+            *place = name.zip(tenant).and_then(|(name, tenant)| {
                 let (id, function) = routes.function(tenant, name)?;
                 Some(Resolved {
                     id,

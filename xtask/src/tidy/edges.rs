@@ -18,6 +18,7 @@ const EDGES: [(&str, &[&str]); 12] = [
         "pelton-server",
         &[
             "pelton-core",
+            "pelton-storage",
             "pelton-engine",
             "pelton-net",
             "pelton-client",
