@@ -30,6 +30,8 @@ use crate::{
 
 /// A command that ends with this code is tried again later: EX_TEMPFAIL.
 const EXIT_THROTTLED: i32 = 75;
+/// How long the function pauses then.
+const THROTTLED_MS: u32 = 1_000;
 /// What a command gets between SIGTERM and SIGKILL.
 const KILL_GRACE: Duration = Duration::from_secs(5);
 /// After the command has ended, processes that it left behind may write for this long.
@@ -40,8 +42,8 @@ const OUTPUT_BYTES_MAX: usize = 8 << 10;
 /// Run a command for each task of a function
 ///
 /// The payload is the command's standard input, its standard output is the result, and the end of its standard error
-/// is kept with the attempt. Exit code 0 is success, 75 means that the attempt is to be repeated later, any other
-/// one that it failed. A cancelled command gets SIGTERM, and SIGKILL 5 s later.
+/// is kept with the attempt. Exit code 0 is success, 75 means that what the command needs is busy (the function
+/// pauses for a second, no attempt is spent), any other one that the attempt failed. A cancelled command gets SIGTERM, and SIGKILL 5 s later.
 ///
 /// The command finds PELTON_FUNCTION, PELTON_REQUEST_ID, PELTON_TASK_ID and PELTON_ATTEMPT in its environment.
 ///
@@ -186,7 +188,9 @@ impl Job {
                 self.result_bytes_max
             ))),
             Some(0) => Ok(result.into()),
-            Some(EXIT_THROTTLED) => Err(TaskError::Throttled { retry_after_ms: 0 }),
+            Some(EXIT_THROTTLED) => Err(TaskError::Throttled {
+                retry_after_ms: THROTTLED_MS,
+            }),
             _ => Err(TaskError::Failed(describe(status, &output))),
         }
     }

@@ -98,13 +98,9 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
-        let mut text = error.to_string();
-        if error.code() == Code::Unauthenticated {
-            text.push_str(" (give the key with --key or PELTON_KEY)");
-        }
         Failure {
             exit: exit_of(&error),
-            text,
+            text: error.to_string(),
             code: Some(error.code()),
         }
     }
