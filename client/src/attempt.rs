@@ -177,7 +177,7 @@ impl Control {
 pub enum TaskError {
     /// The function ran and failed; an attempt is spent.
     Failed(String),
-    /// What lies behind the function is busy; an attempt is spent, and the next one waits at least this long.
+    /// What lies behind the function is busy; no retry is spent, and the function waits at least this long.
     Throttled {
         /// 0 if it is not known.
         retry_after_ms: u32,

@@ -223,7 +223,7 @@ pub enum OutcomeStatus {
     Succeeded = 1,
     /// The function ran and failed; an attempt is spent.
     Failed = 2,
-    /// What lies behind the function is busy; an attempt is spent, and `retry_after_ms` is honoured.
+    /// What lies behind the function is busy; no retry is spent, and `retry_after_ms` is honoured.
     Throttled = 3,
     /// The executor did not start it; no attempt is spent.
     Rejected = 4,

@@ -116,9 +116,7 @@ impl Shard {
             if space.room() < 2 * record_bytes(NAME_BYTES_MAX) {
                 return;
             }
-            let planned = self
-                .divides(wish)
-                .and_then(|()| self.directory.plan(wish));
+            let planned = self.divides(wish).and_then(|()| self.directory.plan(wish));
             self.wishes.pop_front();
             let refusal = match planned {
                 Ok(changes) if !changes.is_empty() => {

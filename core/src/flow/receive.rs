@@ -124,7 +124,8 @@ impl Shard {
             let wanted =
                 matches!(task.state(), State::Enqueued | State::Dequeued) && task.holder == NIL;
             // What the disk gave back is looked at before it is believed.
-            let sound = |record: &&Vec<u8>| read_task(record).is_ok_and(|t| t.request() == *request);
+            let sound =
+                |record: &&Vec<u8>| read_task(record).is_ok_and(|t| t.request() == *request);
             match record.as_ref().filter(sound) {
                 Some(record) if wanted => {
                     let blob = self.blobs.put(record);

@@ -350,7 +350,7 @@ impl Session {
                     Some(names) => TenantSet::parse(&texts(names, "tenants")?).map_err(invalid)?,
                 };
                 let scopes = match fields.0.get("scopes") {
-                    None | Some(Value::Null) => Scopes::all(),
+                    None | Some(Value::Null) => Scopes::parse(&[]).map_err(invalid)?,
                     Some(names) => Scopes::parse(&texts(names, "scopes")?).map_err(invalid)?,
                 };
                 let name = fields.0.get("name").and_then(Value::as_str);
