@@ -239,6 +239,16 @@ fn target() -> PathBuf {
     target.to_owned()
 }
 
+/// Variables that cargo sets for a test, by their beginnings.
+const OF_THIS_PACKAGE: [&str; 6] = [
+    "CARGO_PKG_",
+    "CARGO_MANIFEST_",
+    "CARGO_BIN_",
+    "CARGO_CRATE_",
+    "CARGO_PRIMARY_",
+    "OUT_DIR",
+];
+
 /// The binary under test, built once by each process that asks.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
@@ -251,6 +261,13 @@ pub fn binary() -> &'static Path {
             .arg(target());
         if profile.file_name() == Some(OsStr::new("release")) {
             build.arg("--release");
+        }
+        // What cargo has told this test about its own package would have build scripts run again, here and next time.
+        for (name, _) in env::vars_os() {
+            let name = name.to_string_lossy();
+            if OF_THIS_PACKAGE.iter().any(|of| name.starts_with(of)) {
+                build.env_remove(&*name);
+            }
         }
         build.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
         let built = build.status().expect("cargo can be started");

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -36,10 +36,11 @@ async fn crash_under_load(options: ServerOptions) {
     .await;
 
     let acknowledged = Arc::new(AtomicUsize::new(0));
+    let over = Arc::new(AtomicBool::new(false));
     let mut callers = Vec::new();
     for number in 0..CLIENTS {
         let caller = server.client().await;
-        let acknowledged = acknowledged.clone();
+        let (acknowledged, over) = (acknowledged.clone(), over.clone());
         callers.push(tokio::spawn(async move {
             let mut ids: Vec<(RequestId, String)> = Vec::new();
             for batch in 0.. {
@@ -61,7 +62,7 @@ async fn crash_under_load(options: ServerOptions) {
                         Err(_) => broken = true,
                     }
                 }
-                if broken {
+                if broken || over.load(Ordering::Relaxed) {
                     break;
                 }
             }
@@ -71,12 +72,14 @@ async fn crash_under_load(options: ServerOptions) {
     let loaded = async || acknowledged.load(Ordering::Relaxed) >= LOAD;
     eventually("the load is taken", loaded).await;
     server.kill9();
+    // The new server tells the callers that their connections are gone.
+    server.restart();
+    over.store(true, Ordering::Relaxed);
     let mut ids = Vec::new();
     for caller in callers {
         ids.extend(caller.await.unwrap());
     }
     assert!(ids.len() >= LOAD);
-    server.restart();
     for (id, name) in &ids {
         let finished = client.wait(&TaskName::Request(*id), PATIENCE).await;
         let finished = finished.unwrap_or_else(|error| panic!("{name} {id}: {error}"));
