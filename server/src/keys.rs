@@ -166,10 +166,15 @@ pub struct NewKey {
 pub struct KeyError {
     path: PathBuf,
     what: String,
+    /// The caller asked for what no key may have; nothing is wrong with the file.
+    pub invalid: bool,
 }
 
 impl fmt::Display for KeyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.invalid {
+            return f.write_str(&self.what);
+        }
         write!(f, "{}: {}", self.path.display(), self.what)
     }
 }
@@ -192,6 +197,7 @@ impl Keys {
         let failed = |what: String| KeyError {
             path: path.clone(),
             what,
+            invalid: false,
         };
         let keys = match fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text)
@@ -237,6 +243,14 @@ impl Keys {
         scopes: Scopes,
         name: Option<String>,
     ) -> Result<NewKey, KeyError> {
+        if scopes.admin() && tenants != TenantSet::All {
+            return Err(KeyError {
+                path: self.directory.join(FILE),
+                what: "a key that may administer makes keys for every tenant: leave its tenants out, or `admin`"
+                    .to_owned(),
+                invalid: true,
+            });
+        }
         let mut random = [0; 40];
         getrandom::fill(&mut random).expect("the kernel gives random numbers");
         let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
@@ -282,6 +296,7 @@ impl Keys {
         replace(&self.directory, FILE, &text).map_err(|error| KeyError {
             path: self.directory.join(FILE),
             what: error.to_string(),
+            invalid: false,
         })?;
         *self.keys.write().unwrap_or_else(|held| held.into_inner()) = Arc::new(keys);
         Ok(true)

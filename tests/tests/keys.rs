@@ -41,7 +41,11 @@ async fn hello(options: ClientOptions) -> Code {
 async fn a_server_with_keys_serves_nobody_without_a_good_one() {
     let mut server = Server::start(ServerOptions::default());
     let first = server.client().await;
-    let admin = create(&first, json!({"name": "operator"})).await;
+    let admin = create(
+        &first,
+        json!({"name": "operator", "scopes": ["submit", "admin"]}),
+    )
+    .await;
     let good = server.options().key(&admin.secret);
     assert_eq!(hello(server.options()).await, Code::Unauthenticated);
     for wrong in [

@@ -158,6 +158,8 @@ impl Job {
         let mut command = Command::new(&self.command[0]);
         command
             .args(&self.command[1..])
+            // The executor's own credential is none of the function's business.
+            .env_remove("PELTON_KEY")
             .env("PELTON_FUNCTION", &*self.function)
             .env("PELTON_TASK_ID", attempt.task_id().unwrap_or(&request_id))
             .env("PELTON_REQUEST_ID", &request_id)

@@ -1,6 +1,7 @@
 //! `pelton serve`: the engine, its edges, and an orderly end.
 
 use std::{
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,6 +12,7 @@ use clap::Args;
 use pelton_engine::{Engine, Options};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     command::{
@@ -91,6 +93,7 @@ fn serve(config: &Config) -> Result<(), String> {
         lease: Duration::from_millis(config.lease_ms.value),
         ..Options::default()
     };
+    let mut signals = Signals::catch().map_err(|error| error.to_string())?;
     let engine = Engine::open_with(data, options).map_err(|error| error.to_string())?;
     let engine = Arc::new(engine);
     let keys = Arc::new(Keys::open(data).map_err(|error| error.to_string())?);
@@ -127,7 +130,7 @@ fn serve(config: &Config) -> Result<(), String> {
         records,
         start.elapsed().as_millis()
     );
-    wait_for_signal()?;
+    signals.wait();
     let end = Instant::now();
     running.stop(GRACE);
     let closed = engine.close(GRACE);
@@ -143,21 +146,38 @@ fn serve(config: &Config) -> Result<(), String> {
     Ok(())
 }
 
-fn wait_for_signal() -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| error.to_string())?;
-    runtime.block_on(async {
-        use tokio::signal::unix::{SignalKind, signal};
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-        Ok(())
-    })
+/// SIGINT and SIGTERM, caught from the moment this is made.
+struct Signals {
+    runtime: tokio::runtime::Runtime,
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn catch() -> io::Result<Signals> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let entered = runtime.enter();
+        let interrupt = signal(SignalKind::interrupt())?;
+        let terminate = signal(SignalKind::terminate())?;
+        drop(entered);
+        Ok(Signals {
+            runtime,
+            interrupt,
+            terminate,
+        })
+    }
+
+    fn wait(&mut self) {
+        let (interrupt, terminate) = (&mut self.interrupt, &mut self.terminate);
+        self.runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+    }
 }
 
 /// The state file, removed when the server ends in order.

@@ -357,7 +357,14 @@ impl Session {
                 let key = hub
                     .keys
                     .create(tenants, scopes, name.map(str::to_owned))
-                    .map_err(|error| (Code::Unavailable, error.to_string()))?;
+                    .map_err(|error| {
+                        let code = if error.invalid {
+                            Code::InvalidArgument
+                        } else {
+                            Code::Unavailable
+                        };
+                        (code, error.to_string())
+                    })?;
                 Ok(json!({ "key": key.id, "secret": key.secret }))
             }
             Operation::KeyRevoke => {

@@ -57,7 +57,7 @@ mod tests {
             ],
             expect![[r#"
                 core/src/lib.rs:1: unsafe: write `#![forbid(unsafe_code)]`
-                server/src/main.rs:3: unsafe: do without `unsafe`, or move it to storage/src/, engine/src/, net/src/
+                server/src/main.rs:3: unsafe: do without `unsafe`, or move it to storage/src/, engine/src/, engine/tests/, net/src/
             "#]],
         );
     }
