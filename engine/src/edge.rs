@@ -14,7 +14,7 @@ use pelton_core::{
 
 use crate::{
     engine::Shared,
-    inbox::{DELIVERIES_MAX, Delivery, Outbox},
+    inbox::{DELIVERIES_MAX, Delivery, Outbox, SPARE_BYTES_MAX, SPARE_MAX},
     routes::Routes,
 };
 
@@ -32,6 +32,7 @@ impl Edge {
     pub(crate) fn attach(shared: &Arc<Shared>, wake: Box<dyn Fn() + Send + Sync>) -> Option<Edge> {
         let outbox = Arc::new(Outbox {
             deliveries: ArrayQueue::new(DELIVERIES_MAX),
+            spare: ArrayQueue::new(SPARE_MAX),
             wake,
             closed: std::sync::atomic::AtomicBool::new(false),
         });
@@ -106,6 +107,24 @@ impl Edge {
     /// The oldest delivery.
     pub fn take(&self) -> Option<Box<Delivery>> {
         self.outbox.deliveries.pop()
+    }
+
+    /// Gives back a delivery that has been read, so that its memory is used again.
+    pub fn recycle(&self, mut delivery: Box<Delivery>) {
+        delivery.infos.clear();
+        let batch = &mut delivery.batch;
+        batch.runs.clear();
+        batch.answers.clear();
+        batch.executes.clear();
+        batch.finished.clear();
+        batch.acks.clear();
+        batch.cancels.clear();
+        batch.replies.clear();
+        batch.bytes.clear();
+        if batch.bytes.capacity() <= SPARE_BYTES_MAX {
+            // If enough are kept already, this one goes.
+            let _ = self.outbox.spare.push(delivery);
+        }
     }
 
     /// True if a delivery waits. An edge looks once more after it has made itself wakeable, before it sleeps.

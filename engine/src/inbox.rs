@@ -28,6 +28,11 @@ pub const CONTROL_MAX: usize = 8192;
 /// Deliveries that one outbox holds; beyond that a shard keeps what it has to say and adds to it.
 pub const DELIVERIES_MAX: usize = 1024;
 
+/// Read deliveries that are kept for reuse.
+pub(crate) const SPARE_MAX: usize = 8;
+/// A delivery with more memory than this is not kept.
+pub(crate) const SPARE_BYTES_MAX: usize = 4 << 20;
+
 /// An eventfd that wakes a shard out of its log's ring.
 #[derive(Debug)]
 pub(crate) struct Bell {
@@ -154,6 +159,8 @@ pub struct Delivery {
 /// An edge's side: what shards have to say.
 pub(crate) struct Outbox {
     pub(crate) deliveries: ArrayQueue<Box<Delivery>>,
+    /// Deliveries that the edge has read, empty and with their memory, for shards to fill again.
+    pub(crate) spare: ArrayQueue<Box<Delivery>>,
     pub(crate) wake: Box<dyn Fn() + Send + Sync>,
     /// The edge is gone: what is for it is dropped.
     pub(crate) closed: AtomicBool,

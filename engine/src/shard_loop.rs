@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     path::PathBuf,
-    sync::{Arc, atomic::Ordering::*, mpsc::Sender},
+    sync::{Arc, OnceLock, atomic::Ordering::*, mpsc::Sender},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -294,7 +294,6 @@ impl ShardLoop {
         }
         for (index, batch) in effects.edges.iter_mut().enumerate() {
             if !batch.is_empty() {
-                let batch = std::mem::take(batch);
                 self.deliver(EdgeId(index as u16), batch, now);
             }
         }
@@ -317,7 +316,7 @@ impl ShardLoop {
     }
 
     /// Adds to what an edge is to be told. Replies that need the log become lookups first.
-    fn deliver(&mut self, edge: EdgeId, mut batch: EdgeBatch, now: Now) {
+    fn deliver(&mut self, edge: EdgeId, batch: &mut EdgeBatch, now: Now) {
         for execute in &batch.executes {
             let waited = now.logged_ms.saturating_sub(execute.request.accepted_ms());
             self.stats.record(Stage::Wait, waited);
@@ -348,7 +347,7 @@ impl ShardLoop {
             }
         }
         if !batch.is_empty() {
-            self.pending(edge).batch.absorb(&mut batch);
+            self.pending(edge).batch.absorb(batch);
         }
     }
 
@@ -357,9 +356,15 @@ impl ShardLoop {
         if self.pending.len() <= index {
             self.pending.resize_with(index + 1, || None);
         }
+        let outbox = self.shared.edges.get(index).and_then(OnceLock::get);
+        let me = self.me;
         self.pending[index].get_or_insert_with(|| {
+            if let Some(mut spare) = outbox.and_then(|outbox| outbox.spare.pop()) {
+                spare.shard = me;
+                return spare;
+            }
             Box::new(Delivery {
-                shard: self.me,
+                shard: me,
                 batch: EdgeBatch::default(),
                 infos: Vec::new(),
             })

@@ -207,6 +207,7 @@ impl Hub {
         loop {
             while let Some(delivery) = self.edge.take() {
                 self.on_delivery(&delivery);
+                self.edge.recycle(delivery);
             }
             bell.notified().await;
         }

@@ -35,6 +35,8 @@ use crate::{
 
 /// Bytes that may wait for a peer that does not read; beyond that its session ends.
 const OUT_BYTES_MAX: usize = 32 << 20;
+/// Room that is made ahead for one piece.
+const PIECE_BYTES_MAX: usize = 256 << 10;
 /// Time for the hello after the stream was opened.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Questions of one session that may be unanswered.
@@ -54,6 +56,8 @@ pub(crate) struct Session {
     pub(crate) executing: Executing,
     pub(crate) several_shards: bool,
     out: RefCell<BytesMut>,
+    /// What was sent in one piece lately: the next piece is made room for at once instead of step by step.
+    piece_bytes: Cell<usize>,
     written: Notify,
     in_flight: Cell<u32>,
     answered: Notify,
@@ -241,6 +245,7 @@ impl Session {
             executing: Executing::default(),
             several_shards: hub.edge.shard_count() > 1,
             out: RefCell::new(BytesMut::new()),
+            piece_bytes: Cell::new(0),
             written: Notify::new(),
             in_flight: Cell::new(0),
             answered: Notify::new(),
@@ -370,6 +375,9 @@ impl Session {
                 self.written.notified().await;
                 continue;
             }
+            let lately = self.piece_bytes.get();
+            let piece = bytes.len().max(lately - lately / 8);
+            self.piece_bytes.set(piece.min(PIECE_BYTES_MAX));
             if send.write_chunk(bytes).await.is_err() {
                 self.end(Code::Unavailable, "the peer does not read any more");
                 return;
@@ -384,6 +392,9 @@ impl Session {
     /// Adds to what is sent.
     pub(crate) fn write(&self, write: impl FnOnce(&mut BytesMut)) {
         let mut out = self.out.borrow_mut();
+        if out.is_empty() {
+            out.reserve(self.piece_bytes.get());
+        }
         write(&mut out);
         let waiting = out.len();
         drop(out);
