@@ -13,7 +13,7 @@ use crate::format::BLOCK_BYTES;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct FileId(pub u32);
 
-/// What a device is asked to do. Offsets and lengths of writes are multiples of the block.
+/// What a device is asked to do. Offsets and lengths of reads and writes are multiples of the block.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DeviceOp {
     /// The names in the directory.
