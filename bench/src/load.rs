@@ -10,7 +10,7 @@ use std::{
 use hdrhistogram::Histogram;
 use pelton_client::{
     ClientOptions, Error,
-    pipeline::{self, Event},
+    SharedSocket, pipeline::{self, Event},
 };
 use pelton_net::submit::{Durability, SUBMIT_NOTIFY, SubmitTask};
 
@@ -104,6 +104,9 @@ pub(crate) async fn closed(
     at_start: impl FnOnce() + 'static,
     at_end: impl FnOnce() + 'static,
 ) -> Result<Counted, Error> {
+    let socket = SharedSocket::new();
+    let mut load = load;
+    load.options = load.options.socket(&socket);
     let shared = Rc::new(Shared {
         started: Instant::now(),
         load,
@@ -129,6 +132,7 @@ pub(crate) async fn closed(
     for running in loops {
         running.await.expect("a loop does not panic")?;
     }
+    socket.wait_idle().await;
     let elapsed = if shared.load.tasks_max.is_some() {
         marks.abort();
         shared.started.elapsed()

@@ -42,6 +42,7 @@ pub use attempt::{Attempt, TaskError};
 pub use client::{Client, List, Submitted};
 pub use error::{Error, Refusal};
 pub use executor::{Executor, ExecutorHandle, ExecutorOptions};
+pub use link::SharedSocket;
 pub use options::ClientOptions;
 pub use pelton_net::Code;
 pub use pelton_net::execute::ExecuteTask;

@@ -4,13 +4,14 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use pelton_net::error::ProtocolError;
 use pelton_net::frame::{Frame, FrameReader, FrameType};
 use pelton_net::limits::FRAME_BYTES_MAX;
-use pelton_net::quic::client::Connector;
+use pelton_net::quic::client::{ConnectError, Connector};
 use pelton_net::session::{Credential, ErrorFrame, Hello, PROTOCOL_VERSION, Welcome};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 
@@ -49,7 +50,41 @@ pub(crate) struct Link {
 #[derive(Clone)]
 pub(crate) struct Held {
     connection: Connection,
-    endpoint: Endpoint,
+    /// `None` where the socket is shared: it belongs to whoever shares it.
+    own: Option<Endpoint>,
+}
+
+/// One UDP socket for many connections to one server: a single read takes the answers of all of them, where many small
+/// requests are in flight on many connections. It is made with the first connection, whose trust and keep-alive it keeps,
+/// and belongs to the tokio runtime of that connection. There is one for each address family.
+#[derive(Clone, Default)]
+pub struct SharedSocket(Arc<[OnceLock<Connector>; 2]>);
+
+impl SharedSocket {
+    /// A socket that is made when it is first used.
+    pub fn new() -> SharedSocket {
+        SharedSocket::default()
+    }
+
+    /// Waits until the connections that were closed are gone and the server has been told.
+    pub async fn wait_idle(&self) {
+        for connector in self.0.iter().filter_map(OnceLock::get) {
+            connector.endpoint().wait_idle().await;
+        }
+    }
+
+    fn connector(
+        &self,
+        server: SocketAddr,
+        make: impl FnOnce() -> Result<Connector, ConnectError>,
+    ) -> Result<Connector, ConnectError> {
+        let place = &self.0[usize::from(server.is_ipv6())];
+        if let Some(connector) = place.get() {
+            return Ok(connector.clone());
+        }
+        let made = make()?;
+        Ok(place.get_or_init(|| made).clone())
+    }
 }
 
 /// What arrives, cut into frames.
@@ -157,7 +192,9 @@ impl Link {
 impl Held {
     pub(crate) async fn close(self) {
         self.connection.close(VarInt::from_u32(0), b"");
-        self.endpoint.wait_idle().await;
+        if let Some(endpoint) = self.own {
+            endpoint.wait_idle().await;
+        }
     }
 }
 
@@ -169,12 +206,17 @@ async fn connect(options: &ClientOptions) -> Result<Held, Error> {
         .collect();
     let mut last = Error::Unreachable(format!("{} has no address", options.server));
     for address in addresses {
-        let connector = Connector::with_keep_alive(address, &options.trust, options.keep_alive)?;
+        let make = || Connector::with_keep_alive(address, &options.trust, options.keep_alive);
+        let connector = match &options.socket {
+            Some(socket) => socket.connector(address, make)?,
+            None => make()?,
+        };
         match connector.connect(address, options.certificate_name()).await {
             Ok(connection) => {
+                let own = options.socket.is_none();
                 return Ok(Held {
                     connection,
-                    endpoint: connector.endpoint().clone(),
+                    own: own.then(|| connector.endpoint().clone()),
                 });
             }
             Err(error) => {

@@ -11,6 +11,7 @@ use pelton_net::quic::transport::KEEP_ALIVE;
 use pelton_net::session::KEY_BYTES_MAX;
 
 use crate::error::Error;
+use crate::link::SharedSocket;
 
 /// The address of a server that nobody configured.
 pub const SERVER_DEFAULT: &str = "127.0.0.1:7420";
@@ -35,6 +36,8 @@ pub struct ClientOptions {
     /// A connection without traffic is probed this often. A restarted server tells its former clients with the first
     /// packet that it gets from them, so this is how soon a client that only waits learns of the restart.
     pub keep_alive: Duration,
+    /// The UDP socket, if it is shared with other connections; else every connection has its own.
+    pub socket: Option<SharedSocket>,
 }
 
 impl ClientOptions {
@@ -86,6 +89,12 @@ impl ClientOptions {
         self
     }
 
+    /// Has connections share a socket.
+    pub fn socket(mut self, socket: &SharedSocket) -> ClientOptions {
+        self.socket = Some(socket.clone());
+        self
+    }
+
     /// Refuses what a hello cannot carry.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self
@@ -128,6 +137,7 @@ impl Default for ClientOptions {
             tenant: None,
             client: concat!("pelton-client/", env!("CARGO_PKG_VERSION")).into(),
             keep_alive: KEEP_ALIVE,
+            socket: None,
         }
     }
 }
@@ -142,6 +152,7 @@ impl fmt::Debug for ClientOptions {
             .field("tenant", &self.tenant)
             .field("client", &self.client)
             .field("keep_alive", &self.keep_alive)
+            .field("shares_a_socket", &self.socket.is_some())
             .finish()
     }
 }
