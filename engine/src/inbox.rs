@@ -116,6 +116,11 @@ impl ShardInbox {
         self.control.push(control)
     }
 
+    /// True if nothing waits to be read.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.control.is_empty() && self.submits.is_empty()
+    }
+
     /// True once the shard takes no submits any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.stop.load(Relaxed) || self.gone.load(Relaxed)
@@ -133,7 +138,7 @@ impl ShardInbox {
     pub(crate) fn park(&self) -> bool {
         self.parked.store(true, Relaxed);
         fence(SeqCst);
-        if self.control.is_empty() && self.submits.is_empty() && !self.stop.load(Relaxed) {
+        if self.is_empty() && !self.stop.load(Relaxed) {
             return true;
         }
         self.parked.store(false, Relaxed);

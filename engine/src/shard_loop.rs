@@ -35,6 +35,9 @@ const CONTROL_PER_TURN: usize = 256;
 const SUBMITS_PER_TURN: usize = 64;
 /// A batch that holds only outcomes waits this long for company.
 const SOON_NS: u64 = 150_000;
+/// A batch of so many records or fewer, with nothing behind it, is written while the loop waits: what comes meanwhile
+/// is about as much, and is worked off in less time than the wait saves.
+const ALONE_RECORDS_MAX: u32 = 64;
 /// How often the disk's free space is looked at.
 const SPACE_EVERY_NS: u64 = 1_000_000_000;
 /// The first read of an outcome; a longer one is read again in full.
@@ -195,8 +198,9 @@ impl ShardLoop {
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
         let (len, records) = (space.len, space.records);
         self.log.filled(len, records);
-        let rolled = self.seal(now);
+        // What is due leaves first: sealing may take until the batch is durable.
         self.perform(now);
+        let rolled = self.seal(now, inbox);
         self.log.start_reads();
         if had_work {
             self.stats.turns += 1;
@@ -255,8 +259,8 @@ impl ShardLoop {
     }
 
     /// Seals the batch if the step wants that; true if the log went on to its next segment instead.
-    fn seal(&mut self, now: Now) -> bool {
-        let wanted = match self.effects.urgency {
+    fn seal(&mut self, now: Now, inbox: &ShardInbox) -> bool {
+        let wanted = match std::mem::take(&mut self.effects.urgency) {
             Urgency::Nothing => false,
             Urgency::Now => true,
             Urgency::Soon => {
@@ -269,16 +273,20 @@ impl ShardLoop {
                 self.stats
                     .record(Stage::BatchRecords, u64::from(self.log.open_records()));
             }
-            self.log.seal();
             self.shard.on_sealed();
             self.soon_since_ns = None;
             self.sealed_ns = self.started.elapsed().as_nanos() as u64;
+            let alone = self.log.open_records() <= ALONE_RECORDS_MAX
+                && !self.has_backlog()
+                && inbox.is_empty();
+            self.log.seal(alone);
             if let Some(bytes) = self.log.in_flight_bytes() {
                 self.stats.record(Stage::BatchBytes, bytes as u64);
             }
         }
         self.log.retire_before(self.shard.retire_before());
-        let stuck = self.effects.full && self.log.open_records() == 0 && self.log.can_seal();
+        let full = std::mem::take(&mut self.effects.full);
+        let stuck = full && self.log.open_records() == 0 && self.log.can_seal();
         stuck && self.log.end_segment()
     }
 
@@ -310,8 +318,6 @@ impl ShardLoop {
             }
             inbox.wake();
         }
-        effects.full = false;
-        effects.urgency = Urgency::Nothing;
         self.effects = effects;
     }
 
@@ -531,7 +537,7 @@ impl ShardLoop {
     fn spun_into_work(&mut self, inbox: &ShardInbox) -> bool {
         let start = Instant::now();
         while start.elapsed() < self.spin {
-            if !inbox.control.is_empty() || !inbox.submits.is_empty() {
+            if !inbox.is_empty() {
                 return true;
             }
             self.log.device().reap();

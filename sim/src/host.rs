@@ -129,7 +129,7 @@ impl Host {
             Urgency::Now => true,
         };
         if ready && self.log.can_seal() {
-            self.log.seal();
+            self.log.seal(false);
             self.shard.on_sealed();
             self.soon_since_ns = None;
         } else if effects.full && self.log.open_records() == 0 && self.log.can_seal() {

@@ -42,12 +42,14 @@ pub enum DeviceOp {
     },
     /// Makes earlier writes to the file durable.
     Flush { file: FileId },
-    /// Writes the first bytes of a registered buffer and flushes the file.
+    /// Writes the first bytes of a registered buffer and flushes the file. `alone` says that the caller has nothing
+    /// else to do before this has ended, so that starting it may take until then.
     Commit {
         file: FileId,
         offset: u64,
         buffer: usize,
         bytes: usize,
+        alone: bool,
     },
     /// Gives a file another name, replacing what had it.
     Rename { from: String, to: String },

@@ -280,8 +280,9 @@ impl<D: Device> Log<D> {
     }
 
     /// Seals the open batch and opens the next one. A batch without records is durable at once, since everything
-    /// before it is: nothing is written for it.
-    pub fn seal(&mut self) {
+    /// before it is: nothing is written for it. `alone` says that the caller has nothing else to do until the batch is
+    /// durable: the device may then take until that time.
+    pub fn seal(&mut self, alone: bool) {
         assert!(self.can_seal());
         if self.records == 0 {
             self.done = Some(Flight {
@@ -295,7 +296,7 @@ impl<D: Device> Log<D> {
             self.next_buffer();
             return;
         }
-        self.commit(0, false);
+        self.commit(0, false, alone);
     }
 
     /// True if the next call of [`Log::batch`] shows a durable batch.
@@ -318,7 +319,7 @@ impl<D: Device> Log<D> {
         if self.wants_carry() && now_ns >= self.last_commit_ns + CARRY_AFTER_NS {
             self.roll_if_at_end();
             if self.capacity() > BATCH_HEADER_BYTES {
-                self.commit(FLAG_CARRY, true);
+                self.commit(FLAG_CARRY, true, true);
             }
         }
         self.background(now_ns);
@@ -362,7 +363,7 @@ impl<D: Device> Log<D> {
         assert!(self.can_seal() && self.records == 0);
         self.roll_if_at_end();
         if self.capacity() > BATCH_HEADER_BYTES {
-            self.commit(FLAG_CLOSING, true);
+            self.commit(FLAG_CLOSING, true, true);
         }
     }
 
@@ -460,7 +461,7 @@ impl<D: Device> Log<D> {
         self.records = 0;
     }
 
-    fn commit(&mut self, flags: u16, internal: bool) {
+    fn commit(&mut self, flags: u16, internal: bool, alone: bool) {
         let base = self.position();
         let segment = *self.live.back().expect("there is always a segment");
         let bytes = if internal {
@@ -501,6 +502,7 @@ impl<D: Device> Log<D> {
                 offset: self.tail,
                 buffer: self.open,
                 bytes: padded,
+                alone,
             },
         );
         self.tail += padded as u64;

@@ -214,6 +214,7 @@ impl MemoryDevice {
                 offset,
                 buffer,
                 bytes,
+                alone: _,
             } => {
                 let data = self.buffers[buffer][..bytes].to_vec();
                 self.write(file, offset, data)

@@ -754,6 +754,7 @@ fn open_epoch<D: Device>(
         offset: found.tail,
         buffer: 0,
         bytes: BLOCK_BYTES,
+        alone: true,
     })?;
     found.tail += BLOCK_BYTES as u64;
     Ok(())

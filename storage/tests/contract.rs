@@ -106,20 +106,21 @@ fn keeps_the_contract<D: Device>(device: D, run: fn(&mut D)) {
     assert_eq!(both[..BLOCK_BYTES], vec![0; BLOCK_BYTES]);
     assert_eq!(both[BLOCK_BYTES..], data[BLOCK_BYTES..]);
 
-    for buffer in 0..BUFFER_COUNT {
-        let bytes = (buffer + 1) * BLOCK_BYTES;
-        tried.device.buffers()[buffer][..bytes].fill(buffer as u8 + 1);
-        let offset = 8 * BLOCK_BYTES as u64;
-        tried.done(DeviceOp::Commit {
-            file,
-            offset,
-            buffer,
-            bytes,
-        });
-        assert_eq!(
-            tried.read(file, offset, bytes),
-            vec![buffer as u8 + 1; bytes]
-        );
+    for alone in [false, true] {
+        for buffer in 0..BUFFER_COUNT {
+            let bytes = (buffer + 1) * BLOCK_BYTES;
+            let byte = buffer as u8 + 1 + 16 * u8::from(alone);
+            tried.device.buffers()[buffer][..bytes].fill(byte);
+            let offset = 8 * BLOCK_BYTES as u64;
+            tried.done(DeviceOp::Commit {
+                file,
+                offset,
+                buffer,
+                bytes,
+                alone,
+            });
+            assert_eq!(tried.read(file, offset, bytes), vec![byte; bytes]);
+        }
     }
     let end = tried.read(file, FILE_BYTES - BLOCK_BYTES as u64, 4 * BLOCK_BYTES);
     assert_eq!(end.len(), BLOCK_BYTES, "a read ends where the file ends");

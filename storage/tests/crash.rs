@@ -103,7 +103,7 @@ impl Rig {
         let (len, records) = (space.len, space.records);
         log.filled(len, records);
         if records > 0 && log.can_seal() {
-            log.seal();
+            log.seal(false);
             self.flying = std::mem::take(&mut self.open);
         }
     }

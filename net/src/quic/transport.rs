@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
-use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 /// Bytes that a peer may have in flight over all streams of a connection.
 pub const RECEIVE_WINDOW_BYTES: u32 = 8 << 20;
@@ -30,6 +30,14 @@ const PACKET_HEADER_BYTES: u16 = 48;
 /// Where the congestion window starts on loopback: there is no path to be gentle to, and a small window is paced with
 /// timers of a millisecond. It must not be smaller than a packet, or nothing is ever sent.
 const LOOPBACK_WINDOW_BYTES: u64 = STREAM_RECEIVE_WINDOW_BYTES as u64;
+/// Packets that the peer may leave unacknowledged, and for how long: a request and its two answers, each a packet of its
+/// own, need no packet for acknowledgements then, which travel with the next request. All of them together are less than
+/// half of the window, so that it never runs out for want of an acknowledgement.
+const LOOPBACK_UNACKNOWLEDGED_PACKETS: u32 = 4;
+const LOOPBACK_ACK_DELAY: Duration = Duration::from_millis(5);
+const _: () = assert!(
+    LOOPBACK_UNACKNOWLEDGED_PACKETS as u64 * LOOPBACK_PACKET_BYTES as u64 * 2 <= LOOPBACK_WINDOW_BYTES
+);
 /// When packets get lost on loopback, a buffer was full; the size is right and is tried again soon.
 const LOOPBACK_BLACK_HOLE_COOLDOWN: Duration = Duration::from_secs(1);
 
@@ -92,7 +100,11 @@ pub fn transport(side: Side, path: Path) -> TransportConfig {
             discovery
                 .upper_bound(mtu)
                 .black_hole_cooldown(LOOPBACK_BLACK_HOLE_COOLDOWN);
+            let mut acks = AckFrequencyConfig::default();
+            acks.ack_eliciting_threshold(VarInt::from_u32(LOOPBACK_UNACKNOWLEDGED_PACKETS))
+                .max_ack_delay(Some(LOOPBACK_ACK_DELAY));
             transport
+                .ack_frequency_config(Some(acks))
                 .initial_mtu(mtu)
                 .mtu_discovery_config(Some(discovery))
                 .initial_rtt(Duration::from_millis(1))
