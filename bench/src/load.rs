@@ -9,8 +9,8 @@ use std::{
 
 use hdrhistogram::Histogram;
 use pelton_client::{
-    ClientOptions, Error,
-    SharedSocket, pipeline::{self, Event},
+    ClientOptions, Error, SharedSocket,
+    pipeline::{self, Event},
 };
 use pelton_net::submit::{Durability, SUBMIT_NOTIFY, SubmitTask};
 

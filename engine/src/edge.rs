@@ -33,7 +33,8 @@ impl Edge {
         let outbox = Arc::new(Outbox {
             deliveries: ArrayQueue::new(DELIVERIES_MAX),
             spare: ArrayQueue::new(SPARE_MAX),
-            wake,
+            waker: wake,
+            parked: false.into(),
             closed: std::sync::atomic::AtomicBool::new(false),
         });
         let index = shared
@@ -127,9 +128,15 @@ impl Edge {
         }
     }
 
-    /// True if a delivery waits. An edge looks once more after it has made itself wakeable, before it sleeps.
-    pub fn has_delivery(&self) -> bool {
-        !self.outbox.deliveries.is_empty()
+    /// Announces that the edge is going to sleep, so that the next delivery wakes it; false if it must not, because a
+    /// delivery waits. Between waking up and the next announcement nothing wakes it.
+    pub fn park(&self) -> bool {
+        self.outbox.park()
+    }
+
+    /// The edge is awake for another reason than a delivery.
+    pub fn unpark(&self) {
+        self.outbox.parked.store(false, Relaxed);
     }
 
     fn note(&self, shard: ShardId) {

@@ -625,7 +625,7 @@ impl Caller {
             if self.edge.is_closing() && self.submits.is_empty() && stopping {
                 break;
             }
-            if self.edge.has_delivery() || !self.queue.is_empty() {
+            if !self.queue.is_empty() || !self.edge.park() {
                 continue;
             }
             let busy = !self.unsent.is_empty() || self.lends_over_shards() || stopping;
@@ -634,6 +634,7 @@ impl Caller {
             } else {
                 thread::park();
             }
+            self.edge.unpark();
         }
         for shard in self.edge.shards() {
             self.control(

@@ -45,8 +45,8 @@ pub struct Options {
     pub shards: Option<u16>,
     /// Cores to pin the shards to, in turn; empty to leave them to the scheduler.
     pub pin: Vec<usize>,
-    /// How long a shard looks for work before it sleeps: only where its core is not shared.
-    pub spin: Duration,
+    /// How long a shard looks for work, at most, before it sleeps; zero to sleep at once. It yields its core meanwhile.
+    pub linger: Duration,
     /// Bytes of a segment of a new directory.
     pub segment_bytes: u64,
     /// Largest payload and result.
@@ -62,7 +62,7 @@ impl Default for Options {
         Options {
             shards: None,
             pin: Vec::new(),
-            spin: Duration::ZERO,
+            linger: Duration::ZERO,
             segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
             payload_bytes_max: PAYLOAD_BYTES_DEFAULT,
             space_bytes_min: 1 << 30,
@@ -392,7 +392,7 @@ fn setup(
         },
         directory: directory.shard(shard),
         space_bytes_min: options.space_bytes_min,
-        spin: options.spin,
+        linger: options.linger,
         shared: Arc::clone(shared),
     }
 }

@@ -166,9 +166,32 @@ pub(crate) struct Outbox {
     pub(crate) deliveries: ArrayQueue<Box<Delivery>>,
     /// Deliveries that the edge has read, empty and with their memory, for shards to fill again.
     pub(crate) spare: ArrayQueue<Box<Delivery>>,
-    pub(crate) wake: Box<dyn Fn() + Send + Sync>,
+    pub(crate) waker: Box<dyn Fn() + Send + Sync>,
+    /// The edge sleeps, or is about to.
+    pub(crate) parked: AtomicBool,
     /// The edge is gone: what is for it is dropped.
     pub(crate) closed: AtomicBool,
+}
+
+impl Outbox {
+    /// Wakes the edge if it sleeps. Called after pushing.
+    pub(crate) fn wake(&self) {
+        fence(SeqCst);
+        if self.parked.load(Relaxed) && self.parked.swap(false, AcqRel) {
+            (self.waker)();
+        }
+    }
+
+    /// Announces that the edge is going to sleep; false if it must not, because something has come in.
+    pub(crate) fn park(&self) -> bool {
+        self.parked.store(true, Relaxed);
+        fence(SeqCst);
+        if self.deliveries.is_empty() {
+            return true;
+        }
+        self.parked.store(false, Relaxed);
+        false
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! is installed; nothing calls `exit`.
 //!
 //! Reading order: `engine` opens and closes; `inbox` is what lies between the threads; `routes` where a task goes;
-//! `shard_loop` the loop of a shard; `edge` the handle of whoever talks to the world; `info` and `stats` what queries
+//! `linger` how a thread waits; `shard_loop` the loop of a shard; `edge` the handle of whoever talks to the world; `info` and `stats` what queries
 //! bring; `embedded` the API for embedding.
 
 pub mod engine;
@@ -11,6 +11,8 @@ pub mod engine;
 pub mod inbox;
 
 pub mod routes;
+
+pub mod linger;
 
 mod shard_loop;
 

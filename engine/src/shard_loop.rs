@@ -27,6 +27,7 @@ use crate::{
     engine::{OpenError, Shared},
     inbox::{Delivery, Outbox, ShardInbox},
     info::{Info, InfoReply, TaskInfo},
+    linger::{Linger, take_short_turns},
     stats::{ShardStats, Stage},
 };
 
@@ -51,7 +52,7 @@ pub(crate) struct Setup {
     pub(crate) log: LogOptions,
     pub(crate) directory: PathBuf,
     pub(crate) space_bytes_min: u64,
-    pub(crate) spin: Duration,
+    pub(crate) linger: Duration,
     pub(crate) shared: Arc<Shared>,
 }
 
@@ -95,7 +96,7 @@ pub(crate) struct ShardLoop {
     space_seen_ns: u64,
     space_bytes_min: u64,
     directory: PathBuf,
-    spin: Duration,
+    linger: Linger,
     poisoned: bool,
     stats: ShardStats,
 }
@@ -109,6 +110,9 @@ impl ShardLoop {
     /// Recovers the shard's log. Called on the shard's thread, in its executor.
     pub(crate) fn open(setup: Setup) -> Result<(ShardLoop, Report), OpenError> {
         let me = setup.core.shard;
+        if !setup.linger.is_zero() {
+            take_short_turns();
+        }
         let bell = setup.shared.inboxes[usize::from(me.0)].bell.fd();
         let device = RingDevice::open(&setup.directory, bell).map_err(OpenError::Device)?;
         let registered = device.is_registered();
@@ -139,7 +143,7 @@ impl ShardLoop {
             space_seen_ns: 0,
             space_bytes_min: setup.space_bytes_min,
             directory: setup.directory,
-            spin: setup.spin,
+            linger: Linger::new(setup.linger),
             poisoned: false,
             stats,
         };
@@ -200,13 +204,13 @@ impl ShardLoop {
         self.log.filled(len, records);
         // What is due leaves first: sealing may take until the batch is durable.
         self.perform(now);
-        let rolled = self.seal(now, inbox);
         self.log.start_reads();
         if had_work {
             self.stats.turns += 1;
             let took = self.started.elapsed().as_nanos() as u64 - now.mono_ns;
             self.stats.record(Stage::Turn, took / 1000);
         }
+        let rolled = self.seal(now, inbox);
         // What the batch had no room for waits for the flush in flight; nothing else keeps the loop awake.
         rolled || self.log.has_durable() || self.has_backlog() && self.log.can_seal() && had_work
     }
@@ -392,7 +396,7 @@ impl ShardLoop {
             if let Err(delivery) = outbox.deliveries.push(delivery) {
                 *slot = Some(delivery);
             }
-            (outbox.wake)();
+            outbox.wake();
         }
     }
 
@@ -509,14 +513,6 @@ impl ShardLoop {
         if self.log.device().has_completed() {
             return;
         }
-        if !self.spin.is_zero() && self.spun_into_work(inbox) {
-            return;
-        }
-        // With a backlog the shard waits for its flush alone: whatever else comes in would not be taken before that.
-        let parked = !self.has_backlog();
-        if parked && !inbox.park() {
-            return;
-        }
         let soon = self.soon_since_ns.map(|since| since + SOON_NS);
         let wakes = [
             self.shard.next_wake_ns(),
@@ -525,28 +521,31 @@ impl ShardLoop {
             self.has_undelivered().then_some(now.mono_ns + 1_000_000),
         ];
         let wake = wakes.into_iter().flatten().min();
-        let at = self.started.elapsed().as_nanos() as u64;
+        let wake = wake.map(|wake| self.started + Duration::from_nanos(wake));
+        // With a backlog the shard waits for its flush alone: whatever else comes in would not be taken before that.
+        let hears = !self.has_backlog();
+        let worked = Instant::now();
+        while self.linger.goes_on(worked) {
+            self.log.device().reap();
+            if self.log.device().has_completed()
+                || hears && (!inbox.is_empty() || inbox.stop.load(Relaxed))
+                || wake.is_some_and(|wake| wake <= Instant::now())
+            {
+                return;
+            }
+            Linger::yield_core();
+        }
+        if hears && !inbox.park() {
+            return;
+        }
+        let slept = Instant::now();
         let timeout = wake.map_or(SLEEP_MAX, |wake| {
-            Duration::from_nanos(wake.saturating_sub(at)).min(SLEEP_MAX)
+            wake.saturating_duration_since(slept).min(SLEEP_MAX)
         });
         self.stats.parks += 1;
         self.log.device().wait(timeout);
         inbox.unpark();
-    }
-
-    fn spun_into_work(&mut self, inbox: &ShardInbox) -> bool {
-        let start = Instant::now();
-        while start.elapsed() < self.spin {
-            if !inbox.is_empty() {
-                return true;
-            }
-            self.log.device().reap();
-            if self.log.device().has_completed() {
-                return true;
-            }
-            std::hint::spin_loop();
-        }
-        false
+        self.linger.slept(slept.elapsed());
     }
 
     fn has_undelivered(&self) -> bool {

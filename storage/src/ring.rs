@@ -282,8 +282,7 @@ impl RingDevice {
         };
         loop {
             // SAFETY: the one vector covers a buffer of this device, which the kernel only reads.
-            let written =
-                unsafe { libc::pwritev2(fd, &vector, 1, offset as i64, libc::RWF_DSYNC) };
+            let written = unsafe { libc::pwritev2(fd, &vector, 1, offset as i64, libc::RWF_DSYNC) };
             if written == bytes as isize {
                 return Ok(());
             }
@@ -651,7 +650,8 @@ impl Device for RingDevice {
         {
             if alone {
                 let written = self.commit_blocking(file, offset, buffer, bytes);
-                self.finished.push_back((tag, written.map(|()| Output::Done)));
+                self.finished
+                    .push_back((tag, written.map(|()| Output::Done)));
             } else {
                 self.start_commit(tag, file, offset, buffer, bytes);
             }

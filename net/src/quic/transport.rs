@@ -36,7 +36,8 @@ const LOOPBACK_WINDOW_BYTES: u64 = STREAM_RECEIVE_WINDOW_BYTES as u64;
 const LOOPBACK_UNACKNOWLEDGED_PACKETS: u32 = 4;
 const LOOPBACK_ACK_DELAY: Duration = Duration::from_millis(5);
 const _: () = assert!(
-    LOOPBACK_UNACKNOWLEDGED_PACKETS as u64 * LOOPBACK_PACKET_BYTES as u64 * 2 <= LOOPBACK_WINDOW_BYTES
+    LOOPBACK_UNACKNOWLEDGED_PACKETS as u64 * LOOPBACK_PACKET_BYTES as u64 * 2
+        <= LOOPBACK_WINDOW_BYTES
 );
 /// When packets get lost on loopback, a buffer was full; the size is right and is tried again soon.
 const LOOPBACK_BLACK_HOLE_COOLDOWN: Duration = Duration::from_secs(1);

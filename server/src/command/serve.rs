@@ -26,6 +26,8 @@ use crate::{
 
 /// The file that tells local clients where the server is.
 pub const STATE_FILE: &str = "server.json";
+/// How long shards and edges look for work, at most, before they sleep.
+const LINGER: Duration = Duration::from_micros(200);
 /// Time for what is in flight when the server ends.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -87,7 +89,7 @@ fn serve(config: &Config) -> Result<(), String> {
         } else {
             Vec::new()
         },
-        spin: Duration::from_micros(if roomy { 20 } else { 0 }),
+        linger: LINGER,
         payload_bytes_max: config.payload_bytes_max.value,
         space_bytes_min: config.space_bytes_min.value,
         lease: Duration::from_millis(config.lease_ms.value),
@@ -116,6 +118,7 @@ fn serve(config: &Config) -> Result<(), String> {
         payload_bytes_max: config.payload_bytes_max.value,
         in_flight_max: config.in_flight_max.value,
         heartbeat: Duration::from_millis(config.heartbeat_ms.value),
+        linger: LINGER,
         certificate: Arc::clone(&certificate),
     };
     let running = Edges::start(Arc::clone(&engine), keys, settings).map_err(|e| e.to_string())?;

@@ -19,6 +19,7 @@ use pelton_engine::{
     Edge, Engine,
     inbox::Delivery,
     info::{Info, InfoReply},
+    linger::Linger,
 };
 use pelton_net::{
     execute::{Cancel, ExecuteTask, RefusedOutcome},
@@ -80,10 +81,20 @@ pub(crate) struct Hub {
     split: RefCell<HashMap<u64, SplitOutcomes>>,
     pub(crate) closing: Cell<bool>,
     given: Notify,
+    /// Rung by shards that deliver and by sessions that read, while the pump sleeps.
+    bell: Arc<Notify>,
+    /// When there was work for this edge last.
+    worked: Cell<Instant>,
 }
 
 impl Hub {
-    pub(crate) fn new(edge: Edge, keys: Arc<Keys>, settings: EdgeSettings, engine: &Engine) -> Hub {
+    pub(crate) fn new(
+        edge: Edge,
+        bell: Arc<Notify>,
+        keys: Arc<Keys>,
+        settings: EdgeSettings,
+        engine: &Engine,
+    ) -> Hub {
         Hub {
             edge,
             keys,
@@ -97,6 +108,8 @@ impl Hub {
             split: RefCell::default(),
             closing: Cell::new(false),
             given: Notify::new(),
+            bell,
+            worked: Cell::new(Instant::now()),
         }
     }
 
@@ -202,14 +215,31 @@ impl Hub {
         }
     }
 
-    /// Hands out deliveries for as long as the edge lives.
-    pub(crate) async fn pump(self: Rc<Self>, bell: Arc<Notify>) {
+    /// A session has read something: the edge has work, and does not sleep yet.
+    pub(crate) fn has_heard(&self) {
+        self.worked.set(Instant::now());
+        self.bell.notify_one();
+    }
+
+    /// Hands out deliveries for as long as the edge lives, and keeps the edge awake while more is likely to come soon.
+    pub(crate) async fn pump(self: Rc<Self>) {
+        let mut linger = Linger::new(self.settings.linger);
         loop {
             while let Some(delivery) = self.edge.take() {
                 self.on_delivery(&delivery);
                 self.edge.recycle(delivery);
+                self.worked.set(Instant::now());
             }
-            bell.notified().await;
+            if linger.goes_on(self.worked.get()) {
+                Linger::yield_core();
+                // Everything else of this edge has its turn, its socket too.
+                tokio::task::yield_now().await;
+            } else if self.edge.park() {
+                let slept = Instant::now();
+                self.bell.notified().await;
+                self.edge.unpark();
+                linger.slept(slept.elapsed());
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use pelton_engine::Engine;
+use pelton_engine::{Engine, linger::take_short_turns};
 use pelton_net::quic::{
     certificate::Certificate,
     server::{BindError, EdgeSocket, bind},
@@ -47,6 +47,8 @@ pub struct EdgeSettings {
     pub in_flight_max: u32,
     /// How often an executor shows that it lives.
     pub heartbeat: Duration,
+    /// How long an edge looks for work, at most, before it sleeps.
+    pub linger: Duration,
     /// The server's certificate.
     pub certificate: Arc<Certificate>,
 }
@@ -162,6 +164,9 @@ fn run_edge(
     mut stopping: watch::Receiver<Option<Duration>>,
     started: &mpsc::Sender<Result<(), EdgeError>>,
 ) {
+    if !settings.linger.is_zero() {
+        take_short_turns();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -178,7 +183,7 @@ fn run_edge(
         let _ = started.send(Err(EdgeError::TooMany));
         return;
     };
-    let hub = Rc::new(Hub::new(edge, keys, settings, engine));
+    let hub = Rc::new(Hub::new(edge, bell, keys, settings, engine));
     let local = LocalSet::new();
     local.block_on(&runtime, async {
         let listener = match socket.listen() {
@@ -189,7 +194,7 @@ fn run_edge(
             }
         };
         let _ = started.send(Ok(()));
-        let pump = tokio::task::spawn_local(Rc::clone(&hub).pump(bell));
+        let pump = tokio::task::spawn_local(Rc::clone(&hub).pump());
         let ringer = tokio::task::spawn_local(Rc::clone(&hub).ring());
         let minder = tokio::task::spawn_local(Rc::clone(&hub).mind());
         let accept = tokio::task::spawn_local(session::accept(Rc::clone(&hub), listener.clone()));

@@ -293,6 +293,7 @@ impl Session {
             }
             hub.wake_shards();
             self.heard.set(Instant::now());
+            hub.has_heard();
             if self.ended.get() || !input.more().await {
                 return;
             }
