@@ -153,6 +153,8 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// The error's code; `Ok` for a success.
     pub code: Code,
+    /// How long it ran, by the executor's clock; the largest number means that or more, 0 that it is not known.
+    pub run_us: u32,
     /// What the executor says of the error.
     pub error: Span,
     /// The tail of what the attempt printed.

@@ -9,6 +9,7 @@ use pelton_core::{
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
     shard::Options,
     state::State,
+    times::Part,
 };
 use rig::{CALLER, EXECUTOR, Rig, WORKER};
 
@@ -56,6 +57,103 @@ fn a_lease_into_an_empty_lane_takes_one_flush() {
     rig.accept(function, b"x");
     assert_eq!(rig.log.len() - before, 1);
     assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn every_part_of_a_tasks_way_is_timed_and_they_add_up() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let take = |rig: &mut Rig, ms: u64| {
+        rig.now.mono_ns += ms * 1_000_000;
+        rig.now.logged_ms += ms;
+    };
+    // One that waits for somebody to run it, and is read back then.
+    rig.post(rig.task(function, "", "", b"waits"));
+    rig.step(None);
+    rig.advance(5);
+    take(&mut rig, 20);
+    rig.inbox.control.extend([
+        Control::SessionOpened {
+            executor: EXECUTOR,
+            connection: WORKER,
+        },
+        Control::SlotsLent {
+            executor: EXECUTOR,
+            function,
+            index: 0,
+            count: 1,
+        },
+    ]);
+    rig.step(None);
+    take(&mut rig, 3);
+    rig.step(None);
+    rig.advance(4);
+    let (request, token, _) = rig.executes()[0];
+    take(&mut rig, 7);
+    rig.run_us = 6_500;
+    rig.post_outcome(request, token, Verdict::Succeeded, "");
+    rig.step(None);
+    rig.advance(2);
+    let waited = [
+        (Part::Durable, 5_000),
+        (Part::Queued, 20_000),
+        (Part::Fetched, 3_000),
+        (Part::Dispatched, 4_000),
+        (Part::Carried, 500),
+        (Part::Run, 6_500),
+        (Part::Delivered, 2_000),
+        (Part::Total, 41),
+    ];
+    assert_eq!(std::mem::take(&mut rig.times), waited);
+
+    // One that is leased as it is accepted, by an executor whose clock is fast.
+    rig.post(rig.task(function, "", "", b"runs"));
+    rig.step(None);
+    rig.advance(6);
+    let (request, token, _) = rig.executes()[0];
+    take(&mut rig, 1);
+    rig.run_us = u32::MAX;
+    rig.post_outcome(request, token, Verdict::Succeeded, "");
+    rig.step(None);
+    rig.advance(2);
+    let at_once = [
+        (Part::Durable, 6_000),
+        (Part::Queued, 0),
+        (Part::Fetched, 0),
+        (Part::Dispatched, 0),
+        (Part::Carried, 0),
+        (Part::Run, 1_000),
+        (Part::Delivered, 2_000),
+        (Part::Total, 9),
+    ];
+    assert_eq!(rig.times, at_once);
+    for way in [waited, at_once] {
+        let (total, parts) = way.split_last().unwrap();
+        let sum: u64 = parts.iter().map(|part| part.1).sum();
+        assert_eq!(sum, total.1 * 1_000);
+    }
+}
+
+#[test]
+fn time_behind_an_ordering_key_counts_as_waiting() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 2);
+    for payload in [b"first", b"later"] {
+        assert_eq!(
+            rig.submit(rig.task(function, "", "order", payload)).code,
+            Code::Ok
+        );
+    }
+    rig.advance(10);
+    let (request, token, _) = rig.executes()[0];
+    let queued = |rig: &Rig| {
+        let queued = rig.times.iter().filter(|time| time.0 == Part::Queued);
+        queued.map(|time| time.1).collect::<Vec<u64>>()
+    };
+    assert_eq!(queued(&rig), [0]);
+    assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(queued(&rig), [0, 10_000]);
 }
 
 #[test]
@@ -973,6 +1071,7 @@ fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
             token,
             verdict: Verdict::Succeeded,
             code: Code::Ok,
+            run_us: 0,
             error: Span::default(),
             output: Span::default(),
             result: Span::default(),

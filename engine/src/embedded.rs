@@ -207,6 +207,7 @@ enum Command {
     Ended {
         request: RequestId,
         token: Token,
+        run_us: u32,
         result: Result<Vec<u8>, JobError>,
     },
 }
@@ -540,11 +541,13 @@ impl Workers {
                         .unwrap_or_else(|poisoned| poisoned.into_inner());
                 }
             };
+            let started = Instant::now();
             let result = catch_unwind(AssertUnwindSafe(|| handler(&job)))
                 .unwrap_or_else(|_| Err(JobError::Failed("the handler panicked".to_owned())));
             let mut ended = Command::Ended {
                 request: job.request_id,
                 token,
+                run_us: u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX),
                 result,
             };
             while let Err(back) = queue.push(ended) {
@@ -710,8 +713,9 @@ impl Caller {
                 Command::Ended {
                     request,
                     token,
+                    run_us,
                     result,
-                } => self.ended(request, token, result, &mut ended),
+                } => self.ended((request, token, run_us), result, &mut ended),
             }
         }
         self.submit(submits);
@@ -983,8 +987,7 @@ impl Caller {
 
     fn ended(
         &mut self,
-        request: RequestId,
-        token: Token,
+        (request, token, run_us): (RequestId, Token, u32),
         result: Result<Vec<u8>, JobError>,
         batches: &mut BTreeMap<ShardId, OutcomeBatch>,
     ) {
@@ -1015,6 +1018,7 @@ impl Caller {
             token,
             verdict,
             code: Code::Ok,
+            run_us,
             error: stow(&mut batch.bytes, error.as_bytes()),
             output: Span::default(),
             result: stow(&mut batch.bytes, &result),

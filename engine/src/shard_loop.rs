@@ -193,10 +193,11 @@ impl ShardLoop {
         let (durable, mut space) = self.log.batch();
         self.shard
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
+        self.stats.record_way(self.shard.times());
         let (len, records) = (space.len, space.records);
         self.log.filled(len, records);
         let rolled = self.seal(now);
-        self.perform(now);
+        self.perform();
         self.log.start_reads();
         if had_work {
             self.stats.turns += 1;
@@ -282,7 +283,7 @@ impl ShardLoop {
         stuck && self.log.end_segment()
     }
 
-    fn perform(&mut self, now: Now) {
+    fn perform(&mut self) {
         let mut effects = std::mem::take(&mut self.effects);
         for fetch in effects.fetches.drain(..) {
             self.log
@@ -294,7 +295,7 @@ impl ShardLoop {
         }
         for (index, batch) in effects.edges.iter_mut().enumerate() {
             if !batch.is_empty() {
-                self.deliver(EdgeId(index as u16), batch, now);
+                self.deliver(EdgeId(index as u16), batch);
             }
         }
         self.flush_pending();
@@ -316,15 +317,7 @@ impl ShardLoop {
     }
 
     /// Adds to what an edge is to be told. Replies that need the log become lookups first.
-    fn deliver(&mut self, edge: EdgeId, batch: &mut EdgeBatch, now: Now) {
-        for execute in &batch.executes {
-            let waited = now.logged_ms.saturating_sub(execute.request.accepted_ms());
-            self.stats.record(Stage::Wait, waited);
-        }
-        for finished in &batch.finished {
-            let total = now.logged_ms.saturating_sub(finished.request.accepted_ms());
-            self.stats.record(Stage::Total, total);
-        }
+    fn deliver(&mut self, edge: EdgeId, batch: &mut EdgeBatch) {
         if !batch.replies.is_empty() {
             let replies = std::mem::take(&mut batch.replies);
             for (connection, ticket, reply) in replies {

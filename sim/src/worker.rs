@@ -436,6 +436,7 @@ impl World {
                     token,
                     verdict,
                     code: Code::Ok,
+                    run_us: 0,
                     error: Span::default(),
                     output: Span::default(),
                     result: Span::default(),

@@ -168,7 +168,7 @@ impl Shard {
                 self.bindings[binding as usize].used += 1;
                 self.recount(binding, before);
                 // Leases start again with a full term.
-                self.tasks[slot].at = self.now.mono_ns / 1_000_000;
+                self.tasks[slot].at = self.now.mono_us();
                 self.hand_to(slot, binding);
             } else if self.bindings[task.holder as usize].executor != executor {
                 continue;

@@ -457,6 +457,7 @@ fn outcome(item: &TaskOutcome<'_>, (error, output, result): (Span, Span, Span)) 
             OutcomeStatus::Stopped => Verdict::Stopped,
         },
         code: Code::Ok,
+        run_us: item.run_us,
         error,
         output,
         result,

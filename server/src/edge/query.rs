@@ -713,6 +713,7 @@ fn describe_shard(stats: &ShardStats) -> Value {
             stage.name().to_owned(),
             json!({
                 "count": histogram.len(),
+                "mean": (histogram.mean() * 10.0).round() / 10.0,
                 "p50": histogram.value_at_quantile(0.5),
                 "p99": histogram.value_at_quantile(0.99),
                 "p999": histogram.value_at_quantile(0.999),
