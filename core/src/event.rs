@@ -248,6 +248,13 @@ pub enum Control {
         ticket: u64,
         leases: Vec<(RequestId, Token)>,
     },
+    /// The leases that an executor says it holds, in a heartbeat; it is told which of them it does not hold any more.
+    LeasesHeld {
+        executor: u64,
+        connection: ConnectionId,
+        ticket: u64,
+        leases: Vec<(RequestId, Token)>,
+    },
     /// The executor's connection is gone; its leases live on for one term.
     SessionLost {
         executor: u64,
@@ -480,8 +487,14 @@ pub enum Reply {
     Done { state: Option<State> },
     /// Counters.
     Stats { counters: Box<Counters> },
-    /// Leases that the executor keeps; it drops the others.
-    Leases { kept: Vec<(RequestId, Token)> },
+    /// Of the leases that were presented, those that the executor keeps, and those whose outcome is durable; it drops
+    /// all but the first.
+    Leases {
+        kept: Vec<(RequestId, Token)>,
+        known: Vec<(RequestId, Token)>,
+    },
+    /// Of the leases that a heartbeat named, those that are not the executor's any more.
+    LeasesLost { lost: Vec<(RequestId, Token)> },
     /// Refused.
     Refused { code: Code, what: &'static str },
 }

@@ -212,7 +212,8 @@ fn a_running_task_keeps_its_lease_over_a_restart() {
     assert_eq!(
         rig.out.replies.pop().unwrap().2,
         Reply::Leases {
-            kept: vec![(request, token)]
+            kept: vec![(request, token)],
+            known: vec![]
         }
     );
     rig.lend(function, 1);
@@ -847,6 +848,142 @@ fn the_slot_of_an_attempt_that_timed_out_is_free_when_its_executor_comes_back() 
     });
     rig.settle();
     assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn a_presented_lease_is_kept_or_known_or_neither() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 1,
+        backoff_ms_min: 60_000,
+        backoff_ms_max: 60_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 9);
+    let lease = |rig: &mut Rig| {
+        rig.accept(function, b"x");
+        let (request, token, _) = rig.executes().pop().unwrap();
+        (request, token)
+    };
+    let runs = lease(&mut rig);
+    let succeeded = lease(&mut rig);
+    rig.outcome(succeeded.0, succeeded.1, Verdict::Succeeded, "")
+        .unwrap();
+    let retrying = lease(&mut rig);
+    rig.outcome(retrying.0, retrying.1, Verdict::Failed, "")
+        .unwrap();
+    let given_back = lease(&mut rig);
+    rig.outcome(given_back.0, given_back.1, Verdict::Rejected, "")
+        .unwrap();
+    let wrong = Token {
+        attempt: 9,
+        ..runs.1
+    };
+    let leases = [runs, succeeded, retrying, given_back, (runs.0, wrong)];
+    rig.present(ConnectionId(3), &leases);
+    rig.settle();
+    assert_eq!(
+        rig.out.replies.pop().unwrap().2,
+        Reply::Leases {
+            kept: vec![runs],
+            known: vec![succeeded, retrying],
+        }
+    );
+}
+
+#[test]
+fn an_outcome_on_its_way_to_the_disk_is_called_known_when_it_is_there() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 9);
+    let request = rig.accept(function, b"x");
+    let token = rig.executes()[0].1;
+    rig.post_outcome(request, token, Verdict::Succeeded, "");
+    rig.step(None);
+    // Its batch is being flushed, and nothing else is to follow.
+    rig.present(WORKER, &[(request, token)]);
+    rig.step(None);
+    assert!(rig.out.replies.is_empty(), "it may still be lost");
+    rig.settle();
+    let known = Reply::Leases {
+        kept: vec![],
+        known: vec![(request, token)],
+    };
+    assert_eq!(rig.out.replies.pop().unwrap().2, known);
+}
+
+#[test]
+fn a_lease_whose_stop_is_on_its_way_to_the_disk_is_kept_and_then_cancelled() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 9);
+    let request = rig.accept(function, b"x");
+    let token = rig.executes()[0].1;
+    let again = ConnectionId(3);
+    rig.inbox.control.push_back(Control::Query {
+        connection: CALLER,
+        ticket: 1,
+        tenant: TenantId(0),
+        query: Query::Stop {
+            target: Target::Request(request),
+        },
+    });
+    rig.present(again, &[(request, token)]);
+    rig.settle();
+    let kept = Reply::Leases {
+        kept: vec![(request, token)],
+        known: vec![],
+    };
+    assert_eq!(rig.out.replies[0].2, kept);
+    let cancels = rig.out.cancels.iter().map(|c| (c.connection, c.request));
+    let cancels: Vec<_> = cancels.collect();
+    assert_eq!(cancels, [(again, request)]);
+}
+
+#[test]
+fn a_heartbeat_is_told_what_its_executor_has_lost() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        timeout_ms: 60_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 2);
+    let lease = |rig: &mut Rig| {
+        rig.accept(function, b"x");
+        let (request, token, _) = rig.executes().pop().unwrap();
+        (request, token)
+    };
+    let (runs, ended) = (lease(&mut rig), lease(&mut rig));
+    rig.outcome(ended.0, ended.1, Verdict::Succeeded, "")
+        .unwrap();
+    let stale = (
+        runs.0,
+        Token {
+            attempt: 9,
+            ..runs.1
+        },
+    );
+    let named = [runs, ended, stale];
+    assert_eq!(rig.lost(EXECUTOR, &named), [ended, stale]);
+    assert_eq!(rig.lost(EXECUTOR + 1, &named), named, "they were never its");
+    rig.restart();
+    let after = rig.lost(EXECUTOR, &named);
+    assert_eq!(
+        after,
+        [ended, stale],
+        "what it may still present is not lost"
+    );
+
+    // What takes too long is being cancelled; its outcome frees the slot.
+    rig.present(WORKER, &[runs]);
+    rig.settle();
+    rig.advance(60_000);
+    assert_eq!(rig.out.cancels.len(), 1);
+    assert_eq!(rig.lost(EXECUTOR, &[runs]), []);
+    assert!(rig.outcome(runs.0, runs.1, Verdict::Stopped, "").is_err());
+    assert_eq!(rig.lost(EXECUTOR, &[runs]), [runs]);
 }
 
 #[test]

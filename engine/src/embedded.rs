@@ -914,7 +914,8 @@ impl Caller {
                 | Reply::Task { .. }
                 | Reply::Page { .. }
                 | Reply::Stats { .. }
-                | Reply::Leases { .. } => self.answer(*ticket, Ok(Asked::Done)),
+                | Reply::Leases { .. }
+                | Reply::LeasesLost { .. } => self.answer(*ticket, Ok(Asked::Done)),
             }
         }
     }

@@ -333,7 +333,10 @@ impl ShardLoop {
                         let reply = InfoReply::Stats(Box::new(self.stats.clone()));
                         self.inform(connection, ticket, reply);
                     }
-                    Reply::Done { .. } | Reply::Leases { .. } | Reply::Refused { .. } => {
+                    Reply::Done { .. }
+                    | Reply::Leases { .. }
+                    | Reply::LeasesLost { .. }
+                    | Reply::Refused { .. } => {
                         batch.replies.push((connection, ticket, reply));
                     }
                 }

@@ -82,6 +82,12 @@ impl Shard {
                 }
                 self.leases_presented(executor, connection, ticket, &leases, space, effects);
             }
+            Control::LeasesHeld {
+                executor,
+                connection,
+                ticket,
+                leases,
+            } => self.leases_held(executor, connection, ticket, leases, effects),
             Control::SessionLost {
                 executor,
                 connection,
@@ -370,6 +376,9 @@ impl Shard {
                     connection, ticket, ..
                 }
                 | Control::LeasesPresented {
+                    connection, ticket, ..
+                }
+                | Control::LeasesHeld {
                     connection, ticket, ..
                 } => {
                     effects.edge(connection.edge()).replies.push((

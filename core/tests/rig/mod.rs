@@ -280,6 +280,41 @@ impl Rig {
         self.settle();
     }
 
+    /// Connects the executor again with these leases; the answer is still to come.
+    pub fn present(&mut self, connection: ConnectionId, leases: &[(RequestId, Token)]) {
+        self.inbox.control.extend([
+            Control::SessionOpened {
+                executor: EXECUTOR,
+                connection,
+            },
+            Control::LeasesPresented {
+                executor: EXECUTOR,
+                connection,
+                ticket: 5,
+                leases: leases.to_vec(),
+            },
+        ]);
+    }
+
+    /// What a heartbeat of this executor is told to be lost of these leases.
+    pub fn lost(
+        &mut self,
+        executor: u64,
+        leases: &[(RequestId, Token)],
+    ) -> Vec<(RequestId, Token)> {
+        self.inbox.control.push_back(Control::LeasesHeld {
+            executor,
+            connection: WORKER,
+            ticket: 6,
+            leases: leases.to_vec(),
+        });
+        self.settle();
+        match self.out.replies.pop().expect("a heartbeat is answered").2 {
+            Reply::LeasesLost { lost } => lost,
+            other => panic!("{other:?}"),
+        }
+    }
+
     pub fn executes(&mut self) -> Vec<(RequestId, Token, Vec<u8>)> {
         let bytes = self.out.bytes.clone();
         let taken = std::mem::take(&mut self.out.executes);

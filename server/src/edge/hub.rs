@@ -76,7 +76,7 @@ pub(crate) struct Hub {
     pub(crate) sessions: RefCell<HashMap<u64, Rc<Session>>>,
     next_session: Cell<u64>,
     next_ticket: Cell<u64>,
-    asked: RefCell<HashMap<u64, oneshot::Sender<Answered>>>,
+    asked: Questions,
     split: RefCell<HashMap<u64, SplitOutcomes>>,
     pub(crate) closing: Cell<bool>,
     given: Notify,
@@ -93,7 +93,7 @@ impl Hub {
             sessions: RefCell::default(),
             next_session: Cell::new(1),
             next_ticket: Cell::new(1),
-            asked: RefCell::default(),
+            asked: Questions::default(),
             split: RefCell::default(),
             closing: Cell::new(false),
             given: Notify::new(),
@@ -140,16 +140,26 @@ impl Hub {
         shard: ShardId,
         question: impl FnOnce(u64) -> Control,
     ) -> Option<Answered> {
+        self.put(shard, question).await?.answer().await
+    }
+
+    /// Asks a shard; its answer may be waited for later. `None` if the shard is gone.
+    pub(crate) async fn put(
+        &self,
+        shard: ShardId,
+        question: impl FnOnce(u64) -> Control,
+    ) -> Option<Asked> {
         let ticket = self.next_ticket();
-        let (sender, receiver) = oneshot::channel();
+        let (sender, answer) = oneshot::channel();
         self.asked.borrow_mut().insert(ticket, sender);
-        let forget = Forget { hub: self, ticket };
-        if !self.control(shard, question(ticket)).await {
-            return None;
-        }
-        let answer = receiver.await.ok();
-        drop(forget);
-        answer
+        let asked = Asked {
+            answer,
+            forget: Forget {
+                asked: Rc::clone(&self.asked),
+                ticket,
+            },
+        };
+        self.control(shard, question(ticket)).await.then_some(asked)
     }
 
     /// Asks about tasks.
@@ -445,15 +455,34 @@ impl Hub {
     }
 }
 
+/// Who waits for the answer to which question.
+type Questions = Rc<RefCell<HashMap<u64, oneshot::Sender<Answered>>>>;
+
+/// A question that a shard has been asked.
+pub(crate) struct Asked {
+    answer: oneshot::Receiver<Answered>,
+    forget: Forget,
+}
+
+impl Asked {
+    /// Waits for the answer; `None` if there will be none.
+    pub(crate) async fn answer(self) -> Option<Answered> {
+        let Asked { answer, forget } = self;
+        let answered = answer.await.ok();
+        drop(forget);
+        answered
+    }
+}
+
 /// Forgets a question when nobody waits for its answer any more.
-struct Forget<'a> {
-    hub: &'a Hub,
+struct Forget {
+    asked: Questions,
     ticket: u64,
 }
 
-impl Drop for Forget<'_> {
+impl Drop for Forget {
     fn drop(&mut self) {
-        self.hub.asked.borrow_mut().remove(&self.ticket);
+        self.asked.borrow_mut().remove(&self.ticket);
     }
 }
 
