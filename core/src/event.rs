@@ -218,8 +218,8 @@ pub enum Query {
     Wait { target: Target },
     /// Tasks of the tenant, a page at a time.
     List { filter: Filter },
-    /// End a task.
-    Stop { target: Target },
+    /// End a task; an attempt that runs gets so long to end by itself.
+    Stop { target: Target, grace_ms: u32 },
     /// Counters of the shard.
     Stats,
 }
@@ -406,6 +406,8 @@ pub struct Cancel {
     pub request: RequestId,
     /// The lease.
     pub token: Token,
+    /// How long it gets to end by itself.
+    pub grace_ms: u32,
 }
 
 /// A task as its shard knows it now. Names, payload and result stand in the log.

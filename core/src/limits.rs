@@ -70,6 +70,12 @@ pub const TIMEOUT_MS_MIN: u64 = 1_000;
 pub const TIMEOUT_MS_MAX: u64 = 86_400_000;
 /// Time one attempt may take where the function does not say, in milliseconds.
 pub const TIMEOUT_MS_DEFAULT: u64 = 60_000;
+/// What a running attempt gets to end by itself where a stop does not say, and when it took too long, in milliseconds.
+pub const STOP_GRACE_MS_DEFAULT: u32 = 5_000;
+/// What a stop may give at most, in milliseconds: an hour.
+pub const STOP_GRACE_MS_MAX: u32 = 3_600_000;
+/// What is said of a stop that gives more.
+pub const STOP_GRACE: &str = "the grace of a stop is at most an hour: 3600000 ms";
 /// Largest weight of a tenant in the round robin.
 pub const WEIGHT_MAX: u16 = 1_000;
 /// Largest cost of one task in the round robin.
@@ -97,6 +103,10 @@ const _: () = assert!(
     "what a frame carries fits a record"
 );
 const _: () = assert!(CONTROL_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(
+    STOP_GRACE_MS_DEFAULT <= STOP_GRACE_MS_MAX && STOP_GRACE_MS_MAX as u64 <= TIMEOUT_MS_MAX,
+    "an attempt that is being stopped ends with its timeout at the latest"
+);
 const _: () = assert!(PAYLOAD_BYTES_DEFAULT <= PAYLOAD_BYTES_LIMIT);
 const _: () = assert!(
     CELL_COUNT as usize <= 1 << 12,

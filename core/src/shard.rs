@@ -294,6 +294,8 @@ pub struct Shard {
     pub(crate) parks: BTreeSet<(u64, u32)>,
     pub(crate) watch: BTreeSet<(u64, u32)>,
     pub(crate) graces: BTreeSet<(u64, u64)>,
+    /// By slot, what tasks that are being stopped were given to end by themselves, where it is not the default.
+    pub(crate) stop_graces: BTreeMap<u32, u32>,
     pub(crate) sessions: BTreeMap<u64, Session>,
     pub(crate) bindings: Vec<Binding>,
     pub(crate) free_bindings: Vec<u32>,
@@ -350,6 +352,7 @@ impl Shard {
             parks: BTreeSet::new(),
             watch: BTreeSet::new(),
             graces: BTreeSet::new(),
+            stop_graces: BTreeMap::new(),
             sessions: BTreeMap::new(),
             bindings: Vec::new(),
             free_bindings: Vec::new(),

@@ -7,6 +7,7 @@ use pelton_core::{
     error::Code,
     event::{Control, Effects, Outcome, OutcomeBatch, Query, Reply, Span, Start, Target, Verdict},
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
+    limits::{STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     shard::Options,
     state::State,
     times::Part,
@@ -443,6 +444,7 @@ fn stopping_ends_waiting_tasks_at_once_and_running_ones_through_their_executor()
     let (_, token, _) = rig.executes()[0].clone();
     let stop = |request| Query::Stop {
         target: Target::Request(request),
+        grace_ms: STOP_GRACE_MS_DEFAULT,
     };
     assert_eq!(
         rig.query(stop(waiting)),
@@ -477,6 +479,46 @@ fn stopping_ends_waiting_tasks_at_once_and_running_ones_through_their_executor()
         (rig.state(running), rig.state(waiting)),
         (State::Stopped, State::Stopped)
     );
+}
+
+#[test]
+fn the_grace_of_a_stop_goes_with_its_cancel_also_to_an_executor_that_was_away() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    let token = rig.executes()[0].1;
+    let stop = |grace_ms| Query::Stop {
+        target: Target::Request(request),
+        grace_ms,
+    };
+    let refused = rig.query(stop(STOP_GRACE_MS_MAX + 1));
+    assert!(
+        matches!(&refused, Reply::Refused { code: Code::InvalidArgument, what } if what.contains("hour")),
+        "{refused:?}"
+    );
+    assert_eq!(rig.state(request), State::Running);
+    let graces = |rig: &mut Rig| -> Vec<u32> {
+        let cancels = rig.out.cancels.drain(..);
+        cancels.map(|cancel| cancel.grace_ms).collect()
+    };
+    rig.inbox.control.push_back(Control::SessionLost {
+        executor: EXECUTOR,
+        connection: WORKER,
+    });
+    rig.query(stop(STOP_GRACE_MS_MAX));
+    assert!(graces(&mut rig).is_empty(), "nobody is there to hear it");
+    for _ in 0..2 {
+        rig.present(WORKER, &[(request, token)]);
+        rig.settle();
+        assert_eq!(graces(&mut rig), [STOP_GRACE_MS_MAX]);
+    }
+    rig.restart();
+    rig.present(WORKER, &[(request, token)]);
+    rig.settle();
+    assert_eq!(graces(&mut rig), [STOP_GRACE_MS_DEFAULT]);
+    assert_eq!(rig.outcome(request, token, Verdict::Stopped, ""), Ok(()));
+    assert_eq!(rig.state(request), State::Stopped);
 }
 
 #[test]
@@ -927,6 +969,7 @@ fn a_lease_whose_stop_is_on_its_way_to_the_disk_is_kept_and_then_cancelled() {
         tenant: TenantId(0),
         query: Query::Stop {
             target: Target::Request(request),
+            grace_ms: STOP_GRACE_MS_DEFAULT,
         },
     });
     rig.present(again, &[(request, token)]);
@@ -1042,7 +1085,10 @@ fn the_age_of_a_finished_task_does_not_end_the_next_one_in_its_slot() {
     };
     let stop = |rig: &mut Rig, request| {
         let target = Target::Request(request);
-        rig.query(Query::Stop { target });
+        rig.query(Query::Stop {
+            target,
+            grace_ms: STOP_GRACE_MS_DEFAULT,
+        });
     };
     let first = delayed(&mut rig, 8_000);
     rig.advance(8_000);
@@ -1106,7 +1152,10 @@ fn a_failed_log_refuses_everybody_who_waits() {
         Query::Wait {
             target: target.clone(),
         },
-        Query::Stop { target },
+        Query::Stop {
+            target,
+            grace_ms: STOP_GRACE_MS_DEFAULT,
+        },
     );
     rig.inbox.control.push_back(ask(3, wait));
     rig.inbox.control.push_back(ask(4, stop.clone()));
@@ -1134,7 +1183,10 @@ fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
     let request = rig.accept(function, b"x");
     assert_eq!(rig.executes().len(), 1);
     let target = Target::Request(request);
-    rig.query(Query::Stop { target });
+    rig.query(Query::Stop {
+        target,
+        grace_ms: STOP_GRACE_MS_DEFAULT,
+    });
     assert_eq!(rig.state(request), State::Stopping);
     rig.inbox.control.push_back(Control::SessionOpened {
         executor: EXECUTOR,
@@ -1181,6 +1233,7 @@ fn configuration_that_is_written_anew_does_not_undo_a_change_on_its_way_to_the_d
         let request = rig.out.answers.pop().expect("a submit is answered").request;
         rig.query(Query::Stop {
             target: Target::Request(request),
+            grace_ms: STOP_GRACE_MS_DEFAULT,
         });
         let found = rig.shard.directory().function(function).unwrap().config;
         assert_eq!(found, config);

@@ -26,7 +26,10 @@ use pelton_core::{
         SubmitBatch, SubmitTask, Target, Verdict, stow,
     },
     id::{ConnectionId, FunctionId, RequestId, ShardId, TaskName, TenantId, Token, name_is_valid},
-    limits::{CONTENT_TYPE_BYTES_MAX, DELAY_MS_MAX, MAX_AGE_S_MAX, TAG_BYTES_MAX, TAG_COUNT_MAX},
+    limits::{
+        CONTENT_TYPE_BYTES_MAX, DELAY_MS_MAX, MAX_AGE_S_MAX, STOP_GRACE_MS_DEFAULT, TAG_BYTES_MAX,
+        TAG_COUNT_MAX,
+    },
 };
 
 use crate::{
@@ -826,7 +829,10 @@ impl Caller {
         let query = match question {
             Question::Get => Query::Get { target },
             Question::Wait => Query::Wait { target },
-            Question::Stop => Query::Stop { target },
+            Question::Stop => Query::Stop {
+                target,
+                grace_ms: STOP_GRACE_MS_DEFAULT,
+            },
         };
         let connection = self.connection;
         self.control(

@@ -394,6 +394,9 @@ impl Shard {
         task.holder = NIL;
         let own_age = task.has(FLAG_OWN_AGE);
         let key = task.key;
+        if !self.stop_graces.is_empty() {
+            self.stop_graces.remove(&slot);
+        }
         if own_age {
             self.drop_own_age(slot);
         }

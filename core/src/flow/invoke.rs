@@ -4,6 +4,7 @@
 use crate::{
     event::{Cancel, Effects, Execute, Span, stow},
     id::{ConnectionId, FunctionId, Token},
+    limits::STOP_GRACE_MS_DEFAULT,
     record::{BatchSpace, read_task},
     schedule::pool::Signal,
     shard::Shard,
@@ -185,6 +186,11 @@ impl Shard {
             connection: session.connection,
             request: task.request(slot),
             token: task.token(),
+            grace_ms: self
+                .stop_graces
+                .get(&slot)
+                .copied()
+                .unwrap_or(STOP_GRACE_MS_DEFAULT),
         })
     }
 }

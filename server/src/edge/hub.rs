@@ -34,8 +34,6 @@ use crate::{
     keys::Keys,
 };
 
-/// Time that a cancelled attempt gets to end by itself.
-const CANCEL_GRACE_MS: u32 = 5_000;
 /// How often idle slots move between shards while executors are busy, and while they are not.
 const REBALANCE_BUSY: Duration = Duration::from_millis(10);
 const REBALANCE_IDLE: Duration = Duration::from_millis(100);
@@ -238,7 +236,7 @@ impl Hub {
                         request_id: cancel.request,
                         token: cancel.token,
                     },
-                    grace_ms: CANCEL_GRACE_MS,
+                    grace_ms: cancel.grace_ms,
                 };
                 session.write(|out| write_items(out, FrameType::Cancel, 0, [item].into_iter()));
             }
