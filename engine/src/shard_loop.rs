@@ -152,8 +152,8 @@ impl ShardLoop {
     }
 
     /// Logs the configuration that it lacks and says that it is ready, then serves until the engine stops it, flushes
-    /// and closes the log.
-    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) {
+    /// and closes the log. How many tasks are left running.
+    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) -> u64 {
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
@@ -174,8 +174,10 @@ impl ShardLoop {
                 self.sleep(now, inbox);
             }
         }
+        let running = self.shard.counters().running;
         self.close();
         drop(gone);
+        running
     }
 
     /// One turn; true if another one should follow at once.
