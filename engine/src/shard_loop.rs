@@ -14,7 +14,7 @@ use pelton_core::{
     clock::{LoggedClock, Now},
     event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
     id::{ConnectionId, EdgeId, RequestId, ShardId},
-    limits::RECORD_BYTES_MAX,
+    limits::{INBOX_CONTROL_PER_TURN, INBOX_SUBMITS_PER_TURN, RECORD_BYTES_MAX},
     shard::{Options as CoreOptions, Shard},
 };
 use pelton_storage::{
@@ -30,9 +30,6 @@ use crate::{
     stats::{ShardStats, Stage},
 };
 
-/// Messages taken from an inbox in one turn.
-const CONTROL_PER_TURN: usize = 256;
-const SUBMITS_PER_TURN: usize = 64;
 /// A batch that holds only outcomes waits this long for company.
 const SOON_NS: u64 = 150_000;
 /// How often the disk's free space is looked at.
@@ -216,12 +213,12 @@ impl ShardLoop {
     }
 
     fn gather(&mut self, inbox: &ShardInbox) {
-        while self.inbox.control.len() < CONTROL_PER_TURN
+        while self.inbox.control.len() < INBOX_CONTROL_PER_TURN
             && let Some(control) = inbox.control.pop()
         {
             self.inbox.control.push_back(control);
         }
-        while self.inbox.submits.len() < SUBMITS_PER_TURN
+        while self.inbox.submits.len() < INBOX_SUBMITS_PER_TURN
             && let Some(batch) = inbox.pop_submit()
         {
             self.inbox.submits.push_back(batch);
