@@ -98,6 +98,8 @@ fn stages(shards: &[Value]) -> String {
         for shard in shards {
             let figures = &shard["histograms"][name];
             let figure = |name: &str| match figures[name].as_f64() {
+                // Nothing has come this far.
+                _ if figures["count"] == 0 => cell(&Value::Null),
                 Some(value) if unit == "us" => duration(value),
                 Some(value) if unit == "ms" => duration(value * 1_000.0),
                 Some(_) | None => cell(&figures[name]),
@@ -159,6 +161,7 @@ mod tests {
                 "histograms": {
                     "queued_us": { "count": 5, "mean": 2.6, "p50": 1, "p99": 2500, "p999": 31_000, "max": 4_000_000 },
                     "total_ms": { "count": 5, "mean": 2, "p50": 1, "p99": 2, "p999": 3, "max": 4 },
+                    "run_us": { "count": 0, "mean": 0, "p50": 0, "p99": 0, "p999": 0, "max": 0 },
                     "batch_records": { "count": 7, "mean": 1, "p50": 1, "p99": 2, "p999": 3, "max": 4 },
                 },
                 "log": { "batches": 77 },
@@ -203,6 +206,17 @@ mod tests {
             "3.00 ms",
             "4.00 ms",
         ];
+        let none = [
+            "run",
+            "started to finished",
+            "1",
+            "0",
+            "-",
+            "-",
+            "-",
+            "-",
+            "-",
+        ];
         let records = [
             "batch records",
             "records of one flush",
@@ -215,7 +229,7 @@ mod tests {
             "4",
         ];
         let place = |row: &[&str]| cells.iter().position(|cells| cells == row);
-        let places = [place(&queued), place(&total), place(&records)];
+        let places = [place(&queued), place(&total), place(&none), place(&records)];
         assert!(places.is_sorted() && places[0].is_some(), "{text}");
         assert!(text.contains("batches          77       77"), "{text}");
     }
