@@ -10,6 +10,13 @@ pub struct Now {
     pub logged_ms: u64,
 }
 
+impl Now {
+    /// Monotonic microseconds.
+    pub(crate) fn mono_us(self) -> u64 {
+        self.mono_ns / 1_000
+    }
+}
+
 /// A wall clock further away than this is held, not followed.
 pub const WALL_STEP_MS_MAX: u64 = 60_000;
 /// Logged time approaches wall time by at most one part in this many.

@@ -153,6 +153,8 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// The error's code; `Ok` for a success.
     pub code: Code,
+    /// How long it ran, by the executor's clock; the largest number means that or more, 0 that it is not known.
+    pub run_us: u32,
     /// What the executor says of the error.
     pub error: Span,
     /// The tail of what the attempt printed.
@@ -216,8 +218,8 @@ pub enum Query {
     Wait { target: Target },
     /// Tasks of the tenant, a page at a time.
     List { filter: Filter },
-    /// End a task.
-    Stop { target: Target },
+    /// End a task; an attempt that runs gets so long to end by itself.
+    Stop { target: Target, grace_ms: u32 },
     /// Counters of the shard.
     Stats,
 }
@@ -241,6 +243,13 @@ pub enum Control {
     },
     /// The leases that an executor holds after it connected again; what it does not name was never delivered.
     LeasesPresented {
+        executor: u64,
+        connection: ConnectionId,
+        ticket: u64,
+        leases: Vec<(RequestId, Token)>,
+    },
+    /// The leases that an executor says it holds, in a heartbeat; it is told which of them it does not hold any more.
+    LeasesHeld {
         executor: u64,
         connection: ConnectionId,
         ticket: u64,
@@ -397,6 +406,8 @@ pub struct Cancel {
     pub request: RequestId,
     /// The lease.
     pub token: Token,
+    /// How long it gets to end by itself.
+    pub grace_ms: u32,
 }
 
 /// A task as its shard knows it now. Names, payload and result stand in the log.
@@ -478,8 +489,14 @@ pub enum Reply {
     Done { state: Option<State> },
     /// Counters.
     Stats { counters: Box<Counters> },
-    /// Leases that the executor keeps; it drops the others.
-    Leases { kept: Vec<(RequestId, Token)> },
+    /// Of the leases that were presented, those that the executor keeps, and those whose outcome is durable; it drops
+    /// all but the first.
+    Leases {
+        kept: Vec<(RequestId, Token)>,
+        known: Vec<(RequestId, Token)>,
+    },
+    /// Of the leases that a heartbeat named, those that are not the executor's any more.
+    LeasesLost { lost: Vec<(RequestId, Token)> },
     /// Refused.
     Refused { code: Code, what: &'static str },
 }

@@ -17,3 +17,4 @@ pub mod schedule;
 pub mod shard;
 pub mod state;
 pub mod table;
+pub mod times;

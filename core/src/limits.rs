@@ -54,6 +54,23 @@ pub const SEGMENT_BYTES_DEFAULT: usize = 64 << 20;
 /// The largest segment.
 pub const SEGMENT_BYTES_MAX: usize = 256 << 20;
 
+/// Batches that one inbox of submits holds.
+pub const INBOX_SUBMIT_BATCHES_MAX: usize = 1024;
+/// Bytes of submits that wait in one inbox; the batch that crosses it is the last one taken.
+pub const INBOX_SUBMIT_BYTES_MAX: usize = 64 << 20;
+/// Messages that one inbox of control holds.
+pub const INBOX_CONTROL_MAX: usize = 8192;
+/// Batches of submits that a shard takes in one turn.
+pub const INBOX_SUBMITS_PER_TURN: usize = 64;
+/// Messages of control that a shard takes in one turn.
+pub const INBOX_CONTROL_PER_TURN: usize = 256;
+/// Deliveries that one outbox holds; beyond that a shard keeps what it has to say and adds to it.
+pub const OUTBOX_DELIVERIES_MAX: usize = 1024;
+/// Deliveries that were read and are kept to be filled again.
+pub const OUTBOX_SPARE_MAX: usize = 8;
+/// A delivery with more memory than this is not kept.
+pub const OUTBOX_SPARE_BYTES_MAX: usize = 4 << 20;
+
 /// Most retries that a function may ask for.
 pub const RETRIES_MAX: u8 = 8;
 /// Retries of a function that does not say.
@@ -70,6 +87,12 @@ pub const TIMEOUT_MS_MIN: u64 = 1_000;
 pub const TIMEOUT_MS_MAX: u64 = 86_400_000;
 /// Time one attempt may take where the function does not say, in milliseconds.
 pub const TIMEOUT_MS_DEFAULT: u64 = 60_000;
+/// What a running attempt gets to end by itself where a stop does not say, and when it took too long, in milliseconds.
+pub const STOP_GRACE_MS_DEFAULT: u32 = 5_000;
+/// What a stop may give at most, in milliseconds: an hour.
+pub const STOP_GRACE_MS_MAX: u32 = 3_600_000;
+/// What is said of a stop that gives more.
+pub const STOP_GRACE: &str = "the grace of a stop is at most an hour: 3600000 ms";
 /// Largest weight of a tenant in the round robin.
 pub const WEIGHT_MAX: u16 = 1_000;
 /// Largest cost of one task in the round robin.
@@ -97,6 +120,31 @@ const _: () = assert!(
     "what a frame carries fits a record"
 );
 const _: () = assert!(CONTROL_FRAME_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(
+    STOP_GRACE_MS_DEFAULT <= STOP_GRACE_MS_MAX && STOP_GRACE_MS_MAX as u64 <= TIMEOUT_MS_MAX,
+    "an attempt that is being stopped ends with its timeout at the latest"
+);
+const _: () = assert!(
+    INBOX_SUBMIT_BYTES_MAX >= INBOX_SUBMITS_PER_TURN * FRAME_OVERHEAD_BYTES + FRAME_BYTES_MAX,
+    "an inbox has room for the largest frame beside a turn's worth of small ones"
+);
+const _: () = assert!(
+    INBOX_SUBMITS_PER_TURN <= INBOX_SUBMIT_BATCHES_MAX
+        && INBOX_CONTROL_PER_TURN <= INBOX_CONTROL_MAX,
+    "a turn takes no more than an inbox holds"
+);
+const _: () = assert!(
+    INBOX_CONTROL_PER_TURN >= SHARD_COUNT_MAX,
+    "one turn of shard 0 hears every shard's report of a change"
+);
+const _: () = assert!(
+    INBOX_CONTROL_MAX >= 2 * SHARD_COUNT_MAX + EDGE_COUNT_MAX,
+    "reports of all shards leave room for what edges have to say"
+);
+const _: () = assert!(
+    OUTBOX_SPARE_MAX <= OUTBOX_DELIVERIES_MAX && OUTBOX_SPARE_BYTES_MAX >= BATCH_BYTES_MAX,
+    "what a whole batch of the log has to say is kept for reuse"
+);
 const _: () = assert!(PAYLOAD_BYTES_DEFAULT <= PAYLOAD_BYTES_LIMIT);
 const _: () = assert!(
     CELL_COUNT as usize <= 1 << 12,

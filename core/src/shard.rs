@@ -25,6 +25,7 @@ use crate::{
         split::SplitMap,
         task::{List, NIL, TaskTable},
     },
+    times::{Appended, Times},
 };
 
 /// What a shard is told when it is made.
@@ -133,6 +134,9 @@ pub(crate) struct Pending {
     pub(crate) edges: Effects,
     /// Blobs to be kept in memory when their task is accepted: index of the fact, span in the log's buffer.
     pub(crate) names: Vec<u128>,
+    /// What was appended when, one entry a step; and what this step has appended so far.
+    pub(crate) steps: Vec<Appended>,
+    pub(crate) appended: Appended,
 }
 
 /// One function's part of this shard: its lane, and who runs it.
@@ -290,6 +294,8 @@ pub struct Shard {
     pub(crate) parks: BTreeSet<(u64, u32)>,
     pub(crate) watch: BTreeSet<(u64, u32)>,
     pub(crate) graces: BTreeSet<(u64, u64)>,
+    /// By slot, what tasks that are being stopped were given to end by themselves, where it is not the default.
+    pub(crate) stop_graces: BTreeMap<u32, u32>,
     pub(crate) sessions: BTreeMap<u64, Session>,
     pub(crate) bindings: Vec<Binding>,
     pub(crate) free_bindings: Vec<u32>,
@@ -314,6 +320,7 @@ pub struct Shard {
     pub(crate) carried: Option<Carried>,
     pub(crate) dump: Option<(u64, usize)>,
     pub(crate) counters: Counters,
+    pub(crate) times: Times,
 }
 
 impl Shard {
@@ -345,6 +352,7 @@ impl Shard {
             parks: BTreeSet::new(),
             watch: BTreeSet::new(),
             graces: BTreeSet::new(),
+            stop_graces: BTreeMap::new(),
             sessions: BTreeMap::new(),
             bindings: Vec::new(),
             free_bindings: Vec::new(),
@@ -368,6 +376,7 @@ impl Shard {
             carried: None,
             dump: None,
             counters: Counters::default(),
+            times: Times::default(),
         }
     }
 
@@ -387,6 +396,7 @@ impl Shard {
         );
         assert!(!self.replaying, "a shard starts before it steps");
         self.now = now;
+        self.times.clear();
         if let Some(durable) = durable {
             self.commit(durable, effects);
         }
@@ -402,7 +412,16 @@ impl Shard {
         self.receive(space, effects);
         self.carry_wishes(effects);
         self.carry_config(space);
+        self.note_appended();
         effects.urgency = self.urgency;
+    }
+
+    fn note_appended(&mut self) {
+        let appended = core::mem::take(&mut self.open.appended);
+        if !appended.is_empty() {
+            let at_us = self.now.mono_us();
+            self.open.steps.push(Appended { at_us, ..appended });
+        }
     }
 
     /// The caller has sealed the batch: what was appended since the last call waits for its flush.
@@ -485,6 +504,11 @@ impl Shard {
     /// The largest logged time that a replay has seen; logged time starts from there at least.
     pub fn last_logged_ms(&self) -> u64 {
         self.now.logged_ms
+    }
+
+    /// How long tasks took on the parts of their way that the last step saw the end of.
+    pub fn times(&self) -> &Times {
+        &self.times
     }
 
     /// Counters and gauges as of now.

@@ -7,8 +7,10 @@ use pelton_core::{
     error::Code,
     event::{Control, Effects, Outcome, OutcomeBatch, Query, Reply, Span, Start, Target, Verdict},
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
+    limits::{STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     shard::Options,
     state::State,
+    times::Part,
 };
 use rig::{CALLER, EXECUTOR, Rig, WORKER};
 
@@ -56,6 +58,103 @@ fn a_lease_into_an_empty_lane_takes_one_flush() {
     rig.accept(function, b"x");
     assert_eq!(rig.log.len() - before, 1);
     assert_eq!(rig.executes().len(), 1);
+}
+
+#[test]
+fn every_part_of_a_tasks_way_is_timed_and_they_add_up() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    let take = |rig: &mut Rig, ms: u64| {
+        rig.now.mono_ns += ms * 1_000_000;
+        rig.now.logged_ms += ms;
+    };
+    // One that waits for somebody to run it, and is read back then.
+    rig.post(rig.task(function, "", "", b"waits"));
+    rig.step(None);
+    rig.advance(5);
+    take(&mut rig, 20);
+    rig.inbox.control.extend([
+        Control::SessionOpened {
+            executor: EXECUTOR,
+            connection: WORKER,
+        },
+        Control::SlotsLent {
+            executor: EXECUTOR,
+            function,
+            index: 0,
+            count: 1,
+        },
+    ]);
+    rig.step(None);
+    take(&mut rig, 3);
+    rig.step(None);
+    rig.advance(4);
+    let (request, token, _) = rig.executes()[0];
+    take(&mut rig, 7);
+    rig.run_us = 6_500;
+    rig.post_outcome(request, token, Verdict::Succeeded, "");
+    rig.step(None);
+    rig.advance(2);
+    let waited = [
+        (Part::Durable, 5_000),
+        (Part::Queued, 20_000),
+        (Part::Fetched, 3_000),
+        (Part::Dispatched, 4_000),
+        (Part::Carried, 500),
+        (Part::Run, 6_500),
+        (Part::Delivered, 2_000),
+        (Part::Total, 41),
+    ];
+    assert_eq!(std::mem::take(&mut rig.times), waited);
+
+    // One that is leased as it is accepted, by an executor whose clock is fast.
+    rig.post(rig.task(function, "", "", b"runs"));
+    rig.step(None);
+    rig.advance(6);
+    let (request, token, _) = rig.executes()[0];
+    take(&mut rig, 1);
+    rig.run_us = u32::MAX;
+    rig.post_outcome(request, token, Verdict::Succeeded, "");
+    rig.step(None);
+    rig.advance(2);
+    let at_once = [
+        (Part::Durable, 6_000),
+        (Part::Queued, 0),
+        (Part::Fetched, 0),
+        (Part::Dispatched, 0),
+        (Part::Carried, 0),
+        (Part::Run, 1_000),
+        (Part::Delivered, 2_000),
+        (Part::Total, 9),
+    ];
+    assert_eq!(rig.times, at_once);
+    for way in [waited, at_once] {
+        let (total, parts) = way.split_last().unwrap();
+        let sum: u64 = parts.iter().map(|part| part.1).sum();
+        assert_eq!(sum, total.1 * 1_000);
+    }
+}
+
+#[test]
+fn time_behind_an_ordering_key_counts_as_waiting() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 2);
+    for payload in [b"first", b"later"] {
+        assert_eq!(
+            rig.submit(rig.task(function, "", "order", payload)).code,
+            Code::Ok
+        );
+    }
+    rig.advance(10);
+    let (request, token, _) = rig.executes()[0];
+    let queued = |rig: &Rig| {
+        let queued = rig.times.iter().filter(|time| time.0 == Part::Queued);
+        queued.map(|time| time.1).collect::<Vec<u64>>()
+    };
+    assert_eq!(queued(&rig), [0]);
+    assert_eq!(rig.outcome(request, token, Verdict::Succeeded, ""), Ok(()));
+    assert_eq!(queued(&rig), [0, 10_000]);
 }
 
 #[test]
@@ -114,7 +213,8 @@ fn a_running_task_keeps_its_lease_over_a_restart() {
     assert_eq!(
         rig.out.replies.pop().unwrap().2,
         Reply::Leases {
-            kept: vec![(request, token)]
+            kept: vec![(request, token)],
+            known: vec![]
         }
     );
     rig.lend(function, 1);
@@ -344,6 +444,7 @@ fn stopping_ends_waiting_tasks_at_once_and_running_ones_through_their_executor()
     let (_, token, _) = rig.executes()[0].clone();
     let stop = |request| Query::Stop {
         target: Target::Request(request),
+        grace_ms: STOP_GRACE_MS_DEFAULT,
     };
     assert_eq!(
         rig.query(stop(waiting)),
@@ -378,6 +479,46 @@ fn stopping_ends_waiting_tasks_at_once_and_running_ones_through_their_executor()
         (rig.state(running), rig.state(waiting)),
         (State::Stopped, State::Stopped)
     );
+}
+
+#[test]
+fn the_grace_of_a_stop_goes_with_its_cancel_also_to_an_executor_that_was_away() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let request = rig.accept(function, b"x");
+    let token = rig.executes()[0].1;
+    let stop = |grace_ms| Query::Stop {
+        target: Target::Request(request),
+        grace_ms,
+    };
+    let refused = rig.query(stop(STOP_GRACE_MS_MAX + 1));
+    assert!(
+        matches!(&refused, Reply::Refused { code: Code::InvalidArgument, what } if what.contains("hour")),
+        "{refused:?}"
+    );
+    assert_eq!(rig.state(request), State::Running);
+    let graces = |rig: &mut Rig| -> Vec<u32> {
+        let cancels = rig.out.cancels.drain(..);
+        cancels.map(|cancel| cancel.grace_ms).collect()
+    };
+    rig.inbox.control.push_back(Control::SessionLost {
+        executor: EXECUTOR,
+        connection: WORKER,
+    });
+    rig.query(stop(STOP_GRACE_MS_MAX));
+    assert!(graces(&mut rig).is_empty(), "nobody is there to hear it");
+    for _ in 0..2 {
+        rig.present(WORKER, &[(request, token)]);
+        rig.settle();
+        assert_eq!(graces(&mut rig), [STOP_GRACE_MS_MAX]);
+    }
+    rig.restart();
+    rig.present(WORKER, &[(request, token)]);
+    rig.settle();
+    assert_eq!(graces(&mut rig), [STOP_GRACE_MS_DEFAULT]);
+    assert_eq!(rig.outcome(request, token, Verdict::Stopped, ""), Ok(()));
+    assert_eq!(rig.state(request), State::Stopped);
 }
 
 #[test]
@@ -752,6 +893,143 @@ fn the_slot_of_an_attempt_that_timed_out_is_free_when_its_executor_comes_back() 
 }
 
 #[test]
+fn a_presented_lease_is_kept_or_known_or_neither() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        retries: 1,
+        backoff_ms_min: 60_000,
+        backoff_ms_max: 60_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 9);
+    let lease = |rig: &mut Rig| {
+        rig.accept(function, b"x");
+        let (request, token, _) = rig.executes().pop().unwrap();
+        (request, token)
+    };
+    let runs = lease(&mut rig);
+    let succeeded = lease(&mut rig);
+    rig.outcome(succeeded.0, succeeded.1, Verdict::Succeeded, "")
+        .unwrap();
+    let retrying = lease(&mut rig);
+    rig.outcome(retrying.0, retrying.1, Verdict::Failed, "")
+        .unwrap();
+    let given_back = lease(&mut rig);
+    rig.outcome(given_back.0, given_back.1, Verdict::Rejected, "")
+        .unwrap();
+    let wrong = Token {
+        attempt: 9,
+        ..runs.1
+    };
+    let leases = [runs, succeeded, retrying, given_back, (runs.0, wrong)];
+    rig.present(ConnectionId(3), &leases);
+    rig.settle();
+    assert_eq!(
+        rig.out.replies.pop().unwrap().2,
+        Reply::Leases {
+            kept: vec![runs],
+            known: vec![succeeded, retrying],
+        }
+    );
+}
+
+#[test]
+fn an_outcome_on_its_way_to_the_disk_is_called_known_when_it_is_there() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 9);
+    let request = rig.accept(function, b"x");
+    let token = rig.executes()[0].1;
+    rig.post_outcome(request, token, Verdict::Succeeded, "");
+    rig.step(None);
+    // Its batch is being flushed, and nothing else is to follow.
+    rig.present(WORKER, &[(request, token)]);
+    rig.step(None);
+    assert!(rig.out.replies.is_empty(), "it may still be lost");
+    rig.settle();
+    let known = Reply::Leases {
+        kept: vec![],
+        known: vec![(request, token)],
+    };
+    assert_eq!(rig.out.replies.pop().unwrap().2, known);
+}
+
+#[test]
+fn a_lease_whose_stop_is_on_its_way_to_the_disk_is_kept_and_then_cancelled() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 9);
+    let request = rig.accept(function, b"x");
+    let token = rig.executes()[0].1;
+    let again = ConnectionId(3);
+    rig.inbox.control.push_back(Control::Query {
+        connection: CALLER,
+        ticket: 1,
+        tenant: TenantId(0),
+        query: Query::Stop {
+            target: Target::Request(request),
+            grace_ms: STOP_GRACE_MS_DEFAULT,
+        },
+    });
+    rig.present(again, &[(request, token)]);
+    rig.settle();
+    let kept = Reply::Leases {
+        kept: vec![(request, token)],
+        known: vec![],
+    };
+    assert_eq!(rig.out.replies[0].2, kept);
+    let cancels = rig.out.cancels.iter().map(|c| (c.connection, c.request));
+    let cancels: Vec<_> = cancels.collect();
+    assert_eq!(cancels, [(again, request)]);
+}
+
+#[test]
+fn a_heartbeat_is_told_what_its_executor_has_lost() {
+    let mut rig = rig();
+    let config = FunctionConfig {
+        timeout_ms: 60_000,
+        ..FunctionConfig::default()
+    };
+    let function = rig.function("acme", "digest", config);
+    rig.lend(function, 2);
+    let lease = |rig: &mut Rig| {
+        rig.accept(function, b"x");
+        let (request, token, _) = rig.executes().pop().unwrap();
+        (request, token)
+    };
+    let (runs, ended) = (lease(&mut rig), lease(&mut rig));
+    rig.outcome(ended.0, ended.1, Verdict::Succeeded, "")
+        .unwrap();
+    let stale = (
+        runs.0,
+        Token {
+            attempt: 9,
+            ..runs.1
+        },
+    );
+    let named = [runs, ended, stale];
+    assert_eq!(rig.lost(EXECUTOR, &named), [ended, stale]);
+    assert_eq!(rig.lost(EXECUTOR + 1, &named), named, "they were never its");
+    rig.restart();
+    let after = rig.lost(EXECUTOR, &named);
+    assert_eq!(
+        after,
+        [ended, stale],
+        "what it may still present is not lost"
+    );
+
+    // What takes too long is being cancelled; its outcome frees the slot.
+    rig.present(WORKER, &[runs]);
+    rig.settle();
+    rig.advance(60_000);
+    assert_eq!(rig.out.cancels.len(), 1);
+    assert_eq!(rig.lost(EXECUTOR, &[runs]), []);
+    assert!(rig.outcome(runs.0, runs.1, Verdict::Stopped, "").is_err());
+    assert_eq!(rig.lost(EXECUTOR, &[runs]), [runs]);
+}
+
+#[test]
 fn a_lease_whose_executor_connects_again_before_it_is_durable_is_given_anew() {
     let mut rig = rig();
     let function = rig.function("acme", "digest", FunctionConfig::default());
@@ -807,7 +1085,10 @@ fn the_age_of_a_finished_task_does_not_end_the_next_one_in_its_slot() {
     };
     let stop = |rig: &mut Rig, request| {
         let target = Target::Request(request);
-        rig.query(Query::Stop { target });
+        rig.query(Query::Stop {
+            target,
+            grace_ms: STOP_GRACE_MS_DEFAULT,
+        });
     };
     let first = delayed(&mut rig, 8_000);
     rig.advance(8_000);
@@ -871,7 +1152,10 @@ fn a_failed_log_refuses_everybody_who_waits() {
         Query::Wait {
             target: target.clone(),
         },
-        Query::Stop { target },
+        Query::Stop {
+            target,
+            grace_ms: STOP_GRACE_MS_DEFAULT,
+        },
     );
     rig.inbox.control.push_back(ask(3, wait));
     rig.inbox.control.push_back(ask(4, stop.clone()));
@@ -899,7 +1183,10 @@ fn a_task_being_stopped_has_stopped_when_its_executor_comes_back_without_it() {
     let request = rig.accept(function, b"x");
     assert_eq!(rig.executes().len(), 1);
     let target = Target::Request(request);
-    rig.query(Query::Stop { target });
+    rig.query(Query::Stop {
+        target,
+        grace_ms: STOP_GRACE_MS_DEFAULT,
+    });
     assert_eq!(rig.state(request), State::Stopping);
     rig.inbox.control.push_back(Control::SessionOpened {
         executor: EXECUTOR,
@@ -946,6 +1233,7 @@ fn configuration_that_is_written_anew_does_not_undo_a_change_on_its_way_to_the_d
         let request = rig.out.answers.pop().expect("a submit is answered").request;
         rig.query(Query::Stop {
             target: Target::Request(request),
+            grace_ms: STOP_GRACE_MS_DEFAULT,
         });
         let found = rig.shard.directory().function(function).unwrap().config;
         assert_eq!(found, config);
@@ -973,6 +1261,7 @@ fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
             token,
             verdict: Verdict::Succeeded,
             code: Code::Ok,
+            run_us: 0,
             error: Span::default(),
             output: Span::default(),
             result: Span::default(),

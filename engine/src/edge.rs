@@ -10,11 +10,12 @@ use crossbeam::queue::ArrayQueue;
 use pelton_core::{
     event::{Control, SubmitBatch},
     id::{EdgeId, ShardId},
+    limits::{OUTBOX_DELIVERIES_MAX, OUTBOX_SPARE_BYTES_MAX, OUTBOX_SPARE_MAX},
 };
 
 use crate::{
     engine::Shared,
-    inbox::{DELIVERIES_MAX, Delivery, Outbox, SPARE_BYTES_MAX, SPARE_MAX},
+    inbox::{Delivery, Outbox},
     routes::Routes,
 };
 
@@ -31,8 +32,8 @@ pub struct Edge {
 impl Edge {
     pub(crate) fn attach(shared: &Arc<Shared>, wake: Box<dyn Fn() + Send + Sync>) -> Option<Edge> {
         let outbox = Arc::new(Outbox {
-            deliveries: ArrayQueue::new(DELIVERIES_MAX),
-            spare: ArrayQueue::new(SPARE_MAX),
+            deliveries: ArrayQueue::new(OUTBOX_DELIVERIES_MAX),
+            spare: ArrayQueue::new(OUTBOX_SPARE_MAX),
             waker: wake,
             parked: false.into(),
             closed: std::sync::atomic::AtomicBool::new(false),
@@ -122,7 +123,7 @@ impl Edge {
         batch.cancels.clear();
         batch.replies.clear();
         batch.bytes.clear();
-        if batch.bytes.capacity() <= SPARE_BYTES_MAX {
+        if batch.bytes.capacity() <= OUTBOX_SPARE_BYTES_MAX {
             // If enough are kept already, this one goes.
             let _ = self.outbox.spare.push(delivery);
         }

@@ -26,7 +26,10 @@ use pelton_core::{
         SubmitBatch, SubmitTask, Target, Verdict, stow,
     },
     id::{ConnectionId, FunctionId, RequestId, ShardId, TaskName, TenantId, Token, name_is_valid},
-    limits::{CONTENT_TYPE_BYTES_MAX, DELAY_MS_MAX, MAX_AGE_S_MAX, TAG_BYTES_MAX, TAG_COUNT_MAX},
+    limits::{
+        CONTENT_TYPE_BYTES_MAX, DELAY_MS_MAX, MAX_AGE_S_MAX, STOP_GRACE_MS_DEFAULT, TAG_BYTES_MAX,
+        TAG_COUNT_MAX,
+    },
 };
 
 use crate::{
@@ -207,6 +210,7 @@ enum Command {
     Ended {
         request: RequestId,
         token: Token,
+        run_us: u32,
         result: Result<Vec<u8>, JobError>,
     },
 }
@@ -540,11 +544,13 @@ impl Workers {
                         .unwrap_or_else(|poisoned| poisoned.into_inner());
                 }
             };
+            let started = Instant::now();
             let result = catch_unwind(AssertUnwindSafe(|| handler(&job)))
                 .unwrap_or_else(|_| Err(JobError::Failed("the handler panicked".to_owned())));
             let mut ended = Command::Ended {
                 request: job.request_id,
                 token,
+                run_us: u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX),
                 result,
             };
             while let Err(back) = queue.push(ended) {
@@ -711,8 +717,9 @@ impl Caller {
                 Command::Ended {
                     request,
                     token,
+                    run_us,
                     result,
-                } => self.ended(request, token, result, &mut ended),
+                } => self.ended((request, token, run_us), result, &mut ended),
             }
         }
         self.submit(submits);
@@ -823,7 +830,10 @@ impl Caller {
         let query = match question {
             Question::Get => Query::Get { target },
             Question::Wait => Query::Wait { target },
-            Question::Stop => Query::Stop { target },
+            Question::Stop => Query::Stop {
+                target,
+                grace_ms: STOP_GRACE_MS_DEFAULT,
+            },
         };
         let connection = self.connection;
         self.control(
@@ -911,7 +921,8 @@ impl Caller {
                 | Reply::Task { .. }
                 | Reply::Page { .. }
                 | Reply::Stats { .. }
-                | Reply::Leases { .. } => self.answer(*ticket, Ok(Asked::Done)),
+                | Reply::Leases { .. }
+                | Reply::LeasesLost { .. } => self.answer(*ticket, Ok(Asked::Done)),
             }
         }
     }
@@ -984,8 +995,7 @@ impl Caller {
 
     fn ended(
         &mut self,
-        request: RequestId,
-        token: Token,
+        (request, token, run_us): (RequestId, Token, u32),
         result: Result<Vec<u8>, JobError>,
         batches: &mut BTreeMap<ShardId, OutcomeBatch>,
     ) {
@@ -1016,6 +1026,7 @@ impl Caller {
             token,
             verdict,
             code: Code::Ok,
+            run_us,
             error: stow(&mut batch.bytes, error.as_bytes()),
             output: Span::default(),
             result: stow(&mut batch.bytes, &result),

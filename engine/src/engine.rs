@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::Ordering::*,
+        atomic::{AtomicU64, Ordering::*},
         mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread,
@@ -117,13 +117,17 @@ pub struct Closed {
     pub complete: bool,
     /// How long it took.
     pub took: Duration,
+    /// Tasks that are left running, over the shards that ended in time: their leases stay with their executors.
+    pub running: u64,
 }
 
 /// A running engine. Any number of them may live in a process, each in its own directory.
 pub struct Engine {
     shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
-    ended: Mutex<Receiver<ShardId>>,
+    /// How many tasks a shard left running when it ended, from each once.
+    ended: Mutex<Receiver<u64>>,
+    running: AtomicU64,
     reports: Vec<Report>,
     options: Options,
     directory: DataDirectory,
@@ -189,8 +193,8 @@ impl Engine {
             let thread = thread::Builder::new()
                 .name(format!("pelton-shard-{shard}"))
                 .spawn(move || {
-                    run_shard(setup, placement, &said);
-                    let _ = ended.send(ShardId(shard));
+                    let running = run_shard(setup, placement, &said);
+                    let _ = ended.send(running);
                 })
                 .map_err(|error| OpenError::Thread(error.to_string()))?;
             threads.push(thread);
@@ -201,6 +205,7 @@ impl Engine {
             shared,
             threads: Mutex::new(threads),
             ended: Mutex::new(ended),
+            running: AtomicU64::new(0),
             reports: Vec::new(),
             options,
             directory,
@@ -280,7 +285,10 @@ impl Engine {
         while left > 0 {
             let rest = deadline.saturating_sub(start.elapsed());
             match ended.recv_timeout(rest) {
-                Ok(_) => left -= 1,
+                Ok(running) => {
+                    self.running.fetch_add(running, Relaxed);
+                    left -= 1;
+                }
                 Err(RecvTimeoutError::Timeout) => break,
                 Err(RecvTimeoutError::Disconnected) => left = 0,
             }
@@ -293,6 +301,7 @@ impl Engine {
         Closed {
             complete: left == 0,
             took: start.elapsed(),
+            running: self.running.load(Relaxed),
         }
     }
 }
@@ -322,7 +331,8 @@ struct Said {
     ready: Sender<()>,
 }
 
-fn run_shard(setup: Setup, placement: Placement, said: &Said) {
+/// Runs a shard to its end; how many tasks it left running.
+fn run_shard(setup: Setup, placement: Placement, said: &Said) -> u64 {
     let me = setup.core.shard;
     let executor = LocalExecutorBuilder::new(placement)
         .name(&format!("pelton-shard-{}", me.0))
@@ -332,7 +342,7 @@ fn run_shard(setup: Setup, placement: Placement, said: &Said) {
         Ok(executor) => executor,
         Err(error) => {
             let _ = said.opened.send(Err(OpenError::Thread(error.to_string())));
-            return;
+            return 0;
         }
     };
     executor.run(async {
@@ -340,17 +350,18 @@ fn run_shard(setup: Setup, placement: Placement, said: &Said) {
             Ok(opened) => opened,
             Err(error) => {
                 let _ = said.opened.send(Err(error));
-                return;
+                return 0;
             }
         };
         let directory = shard.directory().clone();
         if said.opened.send(Ok((me, report, directory))).is_err() {
-            return;
+            return 0;
         }
-        if let Ok(missing) = said.begin.recv() {
-            shard.run(missing, &said.ready);
+        match said.begin.recv() {
+            Ok(missing) => shard.run(missing, &said.ready),
+            Err(_) => 0,
         }
-    });
+    })
 }
 
 /// What a shard must still log to know what shard 0 knows.

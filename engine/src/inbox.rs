@@ -15,23 +15,10 @@ use crossbeam::queue::ArrayQueue;
 use pelton_core::{
     event::{Control, EdgeBatch, SubmitBatch},
     id::ShardId,
+    limits::{INBOX_CONTROL_MAX, INBOX_SUBMIT_BATCHES_MAX, INBOX_SUBMIT_BYTES_MAX},
 };
 
 use crate::info::Info;
-
-/// Batches that one inbox of submits holds.
-pub const SUBMIT_BATCHES_MAX: usize = 1024;
-/// Bytes of submits that wait in one inbox.
-pub const SUBMIT_BYTES_MAX: usize = 64 << 20;
-/// Messages that one inbox of control holds.
-pub const CONTROL_MAX: usize = 8192;
-/// Deliveries that one outbox holds; beyond that a shard keeps what it has to say and adds to it.
-pub const DELIVERIES_MAX: usize = 1024;
-
-/// Read deliveries that are kept for reuse.
-pub(crate) const SPARE_MAX: usize = 8;
-/// A delivery with more memory than this is not kept.
-pub(crate) const SPARE_BYTES_MAX: usize = 4 << 20;
 
 /// An eventfd that wakes a shard out of its log's ring.
 #[derive(Debug)]
@@ -80,8 +67,8 @@ pub(crate) struct ShardInbox {
 impl ShardInbox {
     pub(crate) fn new() -> io::Result<ShardInbox> {
         Ok(ShardInbox {
-            control: ArrayQueue::new(CONTROL_MAX),
-            submits: ArrayQueue::new(SUBMIT_BATCHES_MAX),
+            control: ArrayQueue::new(INBOX_CONTROL_MAX),
+            submits: ArrayQueue::new(INBOX_SUBMIT_BATCHES_MAX),
             submit_bytes: AtomicUsize::new(0),
             parked: AtomicBool::new(false),
             bell: Bell::new()?,
@@ -93,7 +80,7 @@ impl ShardInbox {
     /// Takes the batch, or gives it back if the inbox is full or nobody reads it any more.
     pub(crate) fn push_submit(&self, batch: Box<SubmitBatch>) -> Result<(), Box<SubmitBatch>> {
         let bytes = batch.bytes.len();
-        if self.submit_bytes.load(Relaxed) > SUBMIT_BYTES_MAX || self.is_closed() {
+        if self.submit_bytes.load(Relaxed) > INBOX_SUBMIT_BYTES_MAX || self.is_closed() {
             return Err(batch);
         }
         self.submit_bytes.fetch_add(bytes, Relaxed);
@@ -218,7 +205,7 @@ mod tests {
     #[test]
     fn an_inbox_refuses_beyond_its_count_and_beyond_its_bytes() {
         let inbox = ShardInbox::new().unwrap();
-        for _ in 0..SUBMIT_BATCHES_MAX {
+        for _ in 0..INBOX_SUBMIT_BATCHES_MAX {
             inbox.push_submit(batch(1)).unwrap();
         }
         assert!(inbox.push_submit(batch(1)).is_err());

@@ -14,7 +14,7 @@ use pelton_core::{
     clock::{LoggedClock, Now},
     event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
     id::{ConnectionId, EdgeId, RequestId, ShardId},
-    limits::RECORD_BYTES_MAX,
+    limits::{INBOX_CONTROL_PER_TURN, INBOX_SUBMITS_PER_TURN, RECORD_BYTES_MAX},
     shard::{Options as CoreOptions, Shard},
 };
 use pelton_storage::{
@@ -31,9 +31,6 @@ use crate::{
     stats::{ShardStats, Stage},
 };
 
-/// Messages taken from an inbox in one turn.
-const CONTROL_PER_TURN: usize = 256;
-const SUBMITS_PER_TURN: usize = 64;
 /// A batch that holds only outcomes waits this long for company.
 const SOON_NS: u64 = 150_000;
 /// A batch of so many records or fewer, with nothing behind it, is written while the loop waits: what comes meanwhile
@@ -159,8 +156,8 @@ impl ShardLoop {
     }
 
     /// Logs the configuration that it lacks and says that it is ready, then serves until the engine stops it, flushes
-    /// and closes the log.
-    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) {
+    /// and closes the log. How many tasks are left running.
+    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) -> u64 {
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
@@ -181,8 +178,10 @@ impl ShardLoop {
                 self.sleep(now, inbox);
             }
         }
+        let running = self.shard.counters().running;
         self.close();
         drop(gone);
+        running
     }
 
     /// One turn; true if another one should follow at once.
@@ -200,10 +199,11 @@ impl ShardLoop {
         let (durable, mut space) = self.log.batch();
         self.shard
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
+        self.stats.record_way(self.shard.times());
         let (len, records) = (space.len, space.records);
         self.log.filled(len, records);
         // What is due leaves first: sealing may take until the batch is durable.
-        self.perform(now);
+        self.perform();
         self.log.start_reads();
         if had_work {
             self.stats.turns += 1;
@@ -221,12 +221,12 @@ impl ShardLoop {
     }
 
     fn gather(&mut self, inbox: &ShardInbox) {
-        while self.inbox.control.len() < CONTROL_PER_TURN
+        while self.inbox.control.len() < INBOX_CONTROL_PER_TURN
             && let Some(control) = inbox.control.pop()
         {
             self.inbox.control.push_back(control);
         }
-        while self.inbox.submits.len() < SUBMITS_PER_TURN
+        while self.inbox.submits.len() < INBOX_SUBMITS_PER_TURN
             && let Some(batch) = inbox.pop_submit()
         {
             self.inbox.submits.push_back(batch);
@@ -294,7 +294,7 @@ impl ShardLoop {
         stuck && self.log.end_segment()
     }
 
-    fn perform(&mut self, now: Now) {
+    fn perform(&mut self) {
         let mut effects = std::mem::take(&mut self.effects);
         for fetch in effects.fetches.drain(..) {
             self.log
@@ -306,7 +306,7 @@ impl ShardLoop {
         }
         for (index, batch) in effects.edges.iter_mut().enumerate() {
             if !batch.is_empty() {
-                self.deliver(EdgeId(index as u16), batch, now);
+                self.deliver(EdgeId(index as u16), batch);
             }
         }
         self.flush_pending();
@@ -326,15 +326,7 @@ impl ShardLoop {
     }
 
     /// Adds to what an edge is to be told. Replies that need the log become lookups first.
-    fn deliver(&mut self, edge: EdgeId, batch: &mut EdgeBatch, now: Now) {
-        for execute in &batch.executes {
-            let waited = now.logged_ms.saturating_sub(execute.request.accepted_ms());
-            self.stats.record(Stage::Wait, waited);
-        }
-        for finished in &batch.finished {
-            let total = now.logged_ms.saturating_sub(finished.request.accepted_ms());
-            self.stats.record(Stage::Total, total);
-        }
+    fn deliver(&mut self, edge: EdgeId, batch: &mut EdgeBatch) {
         if !batch.replies.is_empty() {
             let replies = std::mem::take(&mut batch.replies);
             for (connection, ticket, reply) in replies {
@@ -350,7 +342,10 @@ impl ShardLoop {
                         let reply = InfoReply::Stats(Box::new(self.stats.clone()));
                         self.inform(connection, ticket, reply);
                     }
-                    Reply::Done { .. } | Reply::Leases { .. } | Reply::Refused { .. } => {
+                    Reply::Done { .. }
+                    | Reply::Leases { .. }
+                    | Reply::LeasesLost { .. }
+                    | Reply::Refused { .. } => {
                         batch.replies.push((connection, ticket, reply));
                     }
                 }

@@ -2,13 +2,18 @@
 //! only, copied when somebody asks.
 
 use hdrhistogram::Histogram;
-use pelton_core::{event::Counters, id::ShardId};
+use pelton_core::{
+    event::Counters,
+    id::ShardId,
+    times::{Part, Times},
+};
 use pelton_storage::log::LogStats;
 
-/// The stages that have a histogram, and their units.
+/// The stages that have a histogram, and their units: the parts of a task's way, then what the loop and the log do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(usize)]
 pub enum Stage {
+    /// A part of the way of tasks.
+    Way(Part),
     /// One turn of the loop that had something to do, microseconds.
     Turn,
     /// From sealing a batch to its flush, microseconds.
@@ -17,22 +22,35 @@ pub enum Stage {
     BatchRecords,
     /// Bytes of one batch.
     BatchBytes,
-    /// From the acceptance of a task to its lease, milliseconds.
-    Wait,
-    /// From the acceptance of a task to its end being told, milliseconds.
-    Total,
 }
 
 impl Stage {
-    /// All of them, in the order of a task's way.
-    pub const ALL: [Stage; 6] = [
+    /// All of them, the parts of the way in its order.
+    pub const ALL: [Stage; 12] = [
+        Stage::Way(Part::Durable),
+        Stage::Way(Part::Queued),
+        Stage::Way(Part::Fetched),
+        Stage::Way(Part::Dispatched),
+        Stage::Way(Part::Carried),
+        Stage::Way(Part::Run),
+        Stage::Way(Part::Delivered),
+        Stage::Way(Part::Total),
         Stage::Turn,
         Stage::Commit,
         Stage::BatchRecords,
         Stage::BatchBytes,
-        Stage::Wait,
-        Stage::Total,
     ];
+
+    /// Its place in [`Stage::ALL`].
+    fn index(self) -> usize {
+        match self {
+            Stage::Way(part) => part as usize,
+            Stage::Turn => Part::ALL.len(),
+            Stage::Commit => Part::ALL.len() + 1,
+            Stage::BatchRecords => Part::ALL.len() + 2,
+            Stage::BatchBytes => Part::ALL.len() + 3,
+        }
+    }
 
     /// The name in `pelton stats`, with its unit.
     pub fn name(self) -> &'static str {
@@ -41,8 +59,14 @@ impl Stage {
             Stage::Commit => "commit_us",
             Stage::BatchRecords => "batch_records",
             Stage::BatchBytes => "batch_bytes",
-            Stage::Wait => "wait_ms",
-            Stage::Total => "total_ms",
+            Stage::Way(Part::Durable) => "durable_us",
+            Stage::Way(Part::Queued) => "queued_us",
+            Stage::Way(Part::Fetched) => "fetched_us",
+            Stage::Way(Part::Dispatched) => "dispatched_us",
+            Stage::Way(Part::Carried) => "carried_us",
+            Stage::Way(Part::Run) => "run_us",
+            Stage::Way(Part::Delivered) => "delivered_us",
+            Stage::Way(Part::Total) => "total_ms",
         }
     }
 }
@@ -92,10 +116,32 @@ impl ShardStats {
 
     /// The histogram of a stage.
     pub fn histogram(&self, stage: Stage) -> &Histogram<u64> {
-        &self.histograms[stage as usize]
+        &self.histograms[stage.index()]
     }
 
     pub(crate) fn record(&mut self, stage: Stage, value: u64) {
-        self.histograms[stage as usize].saturating_record(value);
+        self.histograms[stage.index()].saturating_record(value);
+    }
+
+    /// Adds what one step of the core has noted of the way of tasks.
+    pub(crate) fn record_way(&mut self, times: &Times) {
+        for part in Part::ALL {
+            let histogram = &mut self.histograms[Stage::Way(part).index()];
+            for run in times.of(part) {
+                histogram.saturating_record_n(run.time, run.count);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_stage_has_a_histogram_of_its_own() {
+        for (place, stage) in Stage::ALL.into_iter().enumerate() {
+            assert_eq!(stage.index(), place, "{}", stage.name());
+        }
     }
 }

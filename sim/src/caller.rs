@@ -654,7 +654,10 @@ impl World {
         let query = match kind {
             1..5 => Query::Get { target },
             5..8 => Query::Wait { target },
-            _ => Query::Stop { target },
+            _ => Query::Stop {
+                target,
+                grace_ms: 1_000 * (kind as u32 % 8),
+            },
         };
         let shard = self.shard_of(request.cell());
         self.ask(caller, shard, tenant, asked, query);

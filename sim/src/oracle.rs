@@ -871,7 +871,17 @@ impl Oracle {
                 "unavailable_has_a_reason",
                 || format!("{asked:?}: the log of the shard works"),
             ),
-            Reply::Done { state: None } | Reply::Stats { .. } | Reply::Leases { .. } => Ok(()),
+            Reply::Leases { known, .. } => known.iter().try_for_each(|(request, token)| {
+                let durable = self.tasks.get(request).is_none_or(|task| {
+                    task.token.attempt > token.attempt
+                        || task.state == State::Retrying
+                        || task.state.terminal()
+                });
+                require(durable, "a_known_outcome_is_durable", || {
+                    format!("{request} {token:?} is called known and has no outcome on the disk")
+                })
+            }),
+            Reply::Done { state: None } | Reply::Stats { .. } | Reply::LeasesLost { .. } => Ok(()),
         }
     }
 

@@ -163,7 +163,7 @@ impl World {
         let Some(worker) = self.worker_of(connection) else {
             return;
         };
-        let Reply::Leases { kept } = reply else {
+        let Reply::Leases { kept, .. } = reply else {
             return;
         };
         let target = &mut self.workers[worker];
@@ -436,6 +436,7 @@ impl World {
                     token,
                     verdict,
                     code: Code::Ok,
+                    run_us: 0,
                     error: Span::default(),
                     output: Span::default(),
                     result: Span::default(),

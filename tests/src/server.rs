@@ -97,7 +97,8 @@ impl Server {
     }
 
     fn spawn(&self) -> Child {
-        let said = File::create(self.said()).expect("the folder can be written");
+        let create = |path| File::create(path).expect("the folder can be written");
+        let (printed, said) = (create(self.printed()), create(self.said()));
         Command::new(binary())
             .arg("serve")
             .arg("--listen")
@@ -107,7 +108,7 @@ impl Server {
             .arg("--shards")
             .arg(self.options.shards.to_string())
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(printed)
             .stderr(said)
             .spawn()
             .expect("the binary was just built")
@@ -129,8 +130,8 @@ impl Server {
         child.wait().expect("a child can be waited for");
     }
 
-    /// Ends it as an operator does, and waits for it.
-    pub fn stop(&mut self) {
+    /// Ends it as an operator does, and waits for it; what it printed last.
+    pub fn stop(&mut self) -> String {
         let mut child = self.child.take().expect("the server runs");
         let told = Command::new("kill")
             .args(["-TERM", &child.id().to_string()])
@@ -140,6 +141,8 @@ impl Server {
         let status = wait(&mut child, STOP);
         let said = fs::read_to_string(self.said()).unwrap_or_default();
         assert!(status.success(), "the server ended with {status}: {said}");
+        let printed = fs::read_to_string(self.printed()).unwrap_or_default();
+        printed.lines().next_back().unwrap_or_default().to_owned()
     }
 
     /// True while the process lives.
@@ -154,6 +157,10 @@ impl Server {
     /// Where its log is.
     pub fn data(&self) -> PathBuf {
         self.folder.path().join("data")
+    }
+
+    fn printed(&self) -> PathBuf {
+        self.folder.path().join("stdout")
     }
 
     fn said(&self) -> PathBuf {

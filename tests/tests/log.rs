@@ -66,7 +66,7 @@ async fn damage(crashed: bool) {
     }
     match crashed {
         true => server.kill9(),
-        false => server.stop(),
+        false => drop(server.stop()),
     }
     let (path, at) = find(&snapshot(&server.data()), b"<<task-0010>>");
     flip(&path, at + 7);

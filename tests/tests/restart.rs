@@ -144,7 +144,7 @@ async fn restart_under_a_running_task(end: End, ends_while_down: bool) {
     eventually("the task runs", async || ledger.runs(task) == 1).await;
     match end {
         End::Crash => server.kill9(),
-        End::Orderly => server.stop(),
+        End::Orderly => drop(server.stop()),
     }
     if ends_while_down {
         gate.open(1);
@@ -185,6 +185,50 @@ async fn a_result_that_came_while_the_server_was_down_is_taken_after_a_crash() {
 #[tokio::test]
 async fn a_running_task_outlives_an_orderly_restart_and_is_not_run_again() {
     restart_under_a_running_task(End::Orderly, false).await;
+}
+
+#[tokio::test]
+async fn the_last_line_tells_how_many_tasks_are_left_running() {
+    let mut server = Server::start(ServerOptions::default());
+    let client = server.client().await;
+    let make = r#"{"function": "long"}"#;
+    client.query(Operation::FunctionSet, make).await.unwrap();
+    let (ledger, gate) = (Ledger::default(), Gate::default());
+    let (noted, held) = (ledger.clone(), gate.clone());
+    let _worker = Worker::of(server.options(), "long", 3, move |task: Attempt| {
+        noted.note(&task);
+        let held = held.clone();
+        async move {
+            held.pass().await;
+            Ok::<_, TaskError>(Vec::new())
+        }
+    })
+    .await;
+    // Two of the five wait for a slot.
+    let tasks: Vec<Task> = (0..5)
+        .map(|n| Task::new("x").task_id(format!("n{n}")))
+        .collect();
+    let submitted = client.submit_batch("long", &tasks).await;
+    eventually("three run", async || ledger.total() == 3).await;
+    let line = server.stop();
+    let told = ", 3 tasks are left running with their executors";
+    assert!(
+        line.starts_with("closed in ") && line.ends_with(told),
+        "{line}"
+    );
+    server.restart();
+    gate.open(5);
+    for submitted in submitted {
+        let name = TaskName::Request(submitted.unwrap().request_id);
+        let finished = client.wait(&name, PATIENCE).await.unwrap();
+        assert_eq!(
+            (finished.status, finished.attempts),
+            (TaskStatus::Succeeded, 1)
+        );
+    }
+    assert_eq!(ledger.total(), 5, "those that ran were not run again");
+    let line = server.stop();
+    assert!(line.ends_with(" ms, no task is left running"), "{line}");
 }
 
 #[tokio::test]

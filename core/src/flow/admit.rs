@@ -352,12 +352,14 @@ impl Shard {
         }));
         self.note(Urgency::Now);
         self.counters.accepted += 1;
+        self.open.appended.accepted += 1;
         if let Some(binding) = binding {
             let token = Token {
                 generation: 0,
                 attempt: 1,
             };
             self.append_lease(request, token, binding, space);
+            self.open.appended.leased_at_once += 1;
             let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
             let (connection, index) = self.executor_of(binding);
             let edge = self.open.edges.edge(connection.edge());

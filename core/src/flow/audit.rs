@@ -153,6 +153,13 @@ impl Shard {
                 "in flight of function {index}"
             );
         }
+        for &slot in self.stop_graces.keys() {
+            let state = self.tasks[slot].state();
+            assert!(
+                matches!(state, State::Running | State::Stopping),
+                "slot {slot} has a grace and is {state}"
+            );
+        }
         let references: u64 = self.segments.iter().map(|&count| u64::from(count)).sum();
         let expected = u64::from(self.tasks.live()) + self.names.len() as u64 + outcomes;
         assert_eq!(

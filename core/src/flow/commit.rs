@@ -10,6 +10,7 @@ use crate::{
     shard::{Accepted, Fact, Key, Name, Shard},
     state::State,
     table::task::*,
+    times::Part,
 };
 
 impl Shard {
@@ -22,6 +23,17 @@ impl Shard {
         }
         for name in pending.names.drain(..) {
             self.pending_names.remove(&name);
+        }
+        for appended in pending.steps.drain(..) {
+            let took_us = self.now.mono_us() - appended.at_us;
+            let at_once = u64::from(appended.leased_at_once);
+            let times = &mut self.times;
+            times.note(Part::Durable, took_us, u64::from(appended.accepted));
+            times.note(Part::Queued, 0, at_once);
+            times.note(Part::Fetched, 0, at_once);
+            times.note(Part::Dispatched, 0, at_once);
+            times.note(Part::Dispatched, took_us, u64::from(appended.leased));
+            times.note(Part::Delivered, took_us, u64::from(appended.outcomes));
         }
         for (index, edge) in pending.edges.edges.iter_mut().enumerate() {
             effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
@@ -57,11 +69,11 @@ impl Shard {
                     self.lead_key(slot);
                     self.adopt_credit(slot);
                 }
-                let now_ms = self.now.mono_ns / 1_000_000;
+                let now_us = self.now.mono_us();
                 let task = &mut self.tasks[slot];
                 task.set_state(State::Running);
                 task.attempt = token.attempt;
-                task.at = now_ms;
+                task.at = now_us;
                 task.clear(FLAG_BUSY);
                 self.counters.leased += 1;
                 self.hand_to(slot, binding);
@@ -147,6 +159,7 @@ impl Shard {
             accepted.position,
             accepted.record_bytes,
         );
+        task.at = self.now.mono_us();
         task.cost = accepted.cost;
         task.waiter = accepted.waiter;
         task.set(accepted.flags);
@@ -236,7 +249,12 @@ impl Shard {
 
     /// Puts a task that is in no list and may start into its lane, or behind its key.
     pub(crate) fn enqueue(&mut self, slot: u32, in_front: bool) {
+        let now_us = self.now.mono_us();
         let task = &mut self.tasks[slot];
+        if task.state() != State::Enqueued {
+            // One that followed its key's head has been waiting since before.
+            task.at = now_us;
+        }
         task.set_state(State::Enqueued);
         let (function, key, head) = (task.function, task.key, task.has(FLAG_KEY_HEAD));
         if key != NIL && !head {
@@ -366,12 +384,19 @@ impl Shard {
             | State::Stopping => unreachable!("only terminal states finish a task"),
         };
         *counter += 1;
+        if !self.replaying {
+            let total_ms = self.now.logged_ms - self.tasks[slot].accepted_ms();
+            self.times.note(Part::Total, total_ms, 1);
+        }
         let task = &mut self.tasks[slot];
         task.set_state(state);
         task.at = position.0;
         task.holder = NIL;
         let own_age = task.has(FLAG_OWN_AGE);
         let key = task.key;
+        if !self.stop_graces.is_empty() {
+            self.stop_graces.remove(&slot);
+        }
         if own_age {
             self.drop_own_age(slot);
         }

@@ -11,6 +11,7 @@ use crate::{
     shard::{Fact, Shard},
     state::{Event, State},
     table::task::*,
+    times::Part,
 };
 
 impl Shard {
@@ -58,6 +59,11 @@ impl Shard {
         let Some(slot) = self.leased(outcome) else {
             return Err(Code::StaleLease);
         };
+        // What the executor measured with its own clock cannot be longer than what this shard saw of it.
+        let away_us = self.now.mono_us() - self.tasks[slot].at;
+        let run_us = u64::from(outcome.run_us).min(away_us);
+        self.times.note(Part::Carried, away_us - run_us, 1);
+        self.times.note(Part::Run, run_us, 1);
         let stopping = self.tasks[slot].state() == State::Stopping;
         match outcome.verdict {
             Verdict::Throttled { .. } | Verdict::Rejected if !stopping => {
@@ -277,6 +283,7 @@ impl Shard {
             result,
         };
         let placed = space.append(Schema::Outcome, &record);
+        self.open.appended.outcomes += 1;
         self.large_in_batch |= placed.bytes as usize > RECORD_BYTES_LARGE;
         if state == State::Retrying {
             let tenant = self.tenant_of(slot);

@@ -4,11 +4,13 @@
 use crate::{
     event::{Cancel, Effects, Execute, Span, stow},
     id::{ConnectionId, FunctionId, Token},
+    limits::STOP_GRACE_MS_DEFAULT,
     record::{BatchSpace, read_task},
     schedule::pool::Signal,
     shard::Shard,
     state::{Event, State},
     table::task::*,
+    times::Part,
 };
 
 impl Shard {
@@ -27,6 +29,9 @@ impl Shard {
             ..task.token()
         };
         self.append_lease(request, token, binding, space);
+        self.open.appended.leased += 1;
+        let fetched_us = self.now.mono_us() - task.at;
+        self.times.note(Part::Fetched, fetched_us, 1);
         let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
         let (connection, index) = self.executor_of(binding);
         let edge = self.open.edges.edge(connection.edge());
@@ -143,7 +148,7 @@ impl Shard {
     pub(crate) fn attempt_ends_ns(&self, slot: u32) -> u64 {
         let task = &self.tasks[slot];
         let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
-        (task.at + u64::from(timeout_ms)) * 1_000_000
+        (task.at + u64::from(timeout_ms) * 1_000) * 1_000
     }
 
     /// Sees to it that the first task of a binding is looked at when its time is over.
@@ -181,6 +186,11 @@ impl Shard {
             connection: session.connection,
             request: task.request(slot),
             token: task.token(),
+            grace_ms: self
+                .stop_graces
+                .get(&slot)
+                .copied()
+                .unwrap_or(STOP_GRACE_MS_DEFAULT),
         })
     }
 }

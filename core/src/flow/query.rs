@@ -7,6 +7,7 @@ use crate::{
     event::{Control, Effects, Filter, Inbox, Query, Reply, SubmitBatch, Target, TaskView},
     flow::admit::name_hash,
     id::{ConnectionId, Lsn, TenantId},
+    limits::{STOP_GRACE, STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     record::{BatchSpace, record_bytes},
     shard::{LOG_FAILED, Shard, Waiter},
     state::{Event, State},
@@ -82,6 +83,12 @@ impl Shard {
                 }
                 self.leases_presented(executor, connection, ticket, &leases, space, effects);
             }
+            Control::LeasesHeld {
+                executor,
+                connection,
+                ticket,
+                leases,
+            } => self.leases_held(executor, connection, ticket, leases, effects),
             Control::SessionLost {
                 executor,
                 connection,
@@ -153,19 +160,26 @@ impl Shard {
                 },
                 None => not_found,
             },
-            Query::Stop { target } => match self.locate(tenant, &target) {
+            Query::Stop { grace_ms, .. } if grace_ms > STOP_GRACE_MS_MAX => Reply::Refused {
+                code: Code::InvalidArgument,
+                what: STOP_GRACE,
+            },
+            Query::Stop { target, grace_ms } => match self.locate(tenant, &target) {
                 Some(slot) if self.tasks[slot].has(FLAG_BUSY) => {
                     // What is on its way to the disk decides; asked again when it is there.
                     self.deferred.push_back(Control::Query {
                         connection,
                         ticket,
                         tenant,
-                        query: Query::Stop { target },
+                        query: Query::Stop { target, grace_ms },
                     });
                     return;
                 }
                 Some(slot) => match self.tasks[slot].state().on(Event::Stop) {
                     Some(state) => {
+                        if state == State::Stopping && grace_ms != STOP_GRACE_MS_DEFAULT {
+                            self.stop_graces.insert(slot, grace_ms);
+                        }
                         self.append_move(slot, state, space);
                         self.after_flush(connection).replies.push((
                             connection,
@@ -370,6 +384,9 @@ impl Shard {
                     connection, ticket, ..
                 }
                 | Control::LeasesPresented {
+                    connection, ticket, ..
+                }
+                | Control::LeasesHeld {
                     connection, ticket, ..
                 } => {
                     effects.edge(connection.edge()).replies.push((

@@ -11,6 +11,7 @@ use crate::{
     shard::Shard,
     state::{Event, State},
     table::task::*,
+    times::Part,
 };
 
 /// Tasks behind the head that are read along with it, and the stretch of log within which they must stand.
@@ -66,6 +67,10 @@ impl Shard {
         lane.in_flight += 1;
         lane.promised += 1;
         self.queues[lane.tenant.0 as usize].waiting -= 1;
+        let now_us = self.now.mono_us();
+        self.times
+            .note(Part::Queued, now_us.saturating_sub(task.at), 1);
+        self.tasks[slot].at = now_us;
         self.tasks[slot].set_state(State::Dequeued);
         if task.holder != NIL {
             self.invoke(slot, space);

@@ -125,7 +125,7 @@ impl Shard {
         self.orphans_end_ns = now.mono_ns + self.options.lease_ms * 1_000_000;
         let mut slot = self.orphans.head;
         while slot != NIL {
-            self.tasks[slot].at = now.mono_ns / 1_000_000;
+            self.tasks[slot].at = now.mono_us();
             slot = self.tasks[slot].next;
         }
         for function in 0..self.lanes.len() as u32 {

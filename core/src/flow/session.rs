@@ -128,7 +128,7 @@ impl Shard {
     }
 
     /// Keeps the leases that the executor holds and frees those that never reached it; a task that was being stopped
-    /// and did not reach it has stopped.
+    /// and did not reach it has stopped. Where an outcome is on its way to the disk, the answer leaves behind it.
     pub(crate) fn leases_presented(
         &mut self,
         executor: u64,
@@ -145,7 +145,8 @@ impl Shard {
         {
             return;
         }
-        let mut kept = Vec::new();
+        let (mut kept, mut known) = (Vec::new(), Vec::new());
+        let mut settling = false;
         let undelivered: Vec<u32> = self.running_at(executor).collect();
         let mut presented: Vec<u32> = Vec::new();
         for &(request, token) in leases {
@@ -153,10 +154,17 @@ impl Shard {
                 continue;
             };
             let task = self.tasks[slot];
-            if !matches!(task.state(), State::Running | State::Stopping)
-                || task.has(FLAG_BUSY)
-                || task.token() != token
-            {
+            if task.token() != token {
+                continue;
+            }
+            let leased = matches!(task.state(), State::Running | State::Stopping);
+            let ended = leased && task.holder == NIL && !self.is_orphan(slot);
+            if ended || self.has_outcome(slot) {
+                settling |= ended;
+                known.push((request, token));
+                continue;
+            }
+            if !leased {
                 continue;
             }
             if task.holder == NIL {
@@ -168,14 +176,14 @@ impl Shard {
                 self.bindings[binding as usize].used += 1;
                 self.recount(binding, before);
                 // Leases start again with a full term.
-                self.tasks[slot].at = self.now.mono_ns / 1_000_000;
+                self.tasks[slot].at = self.now.mono_us();
                 self.hand_to(slot, binding);
             } else if self.bindings[task.holder as usize].executor != executor {
                 continue;
             }
             presented.push(slot);
             kept.push((request, token));
-            if task.state() == State::Stopping {
+            if task.state() == State::Stopping && !task.has(FLAG_BUSY) {
                 self.cancel(slot, effects);
             }
         }
@@ -204,10 +212,57 @@ impl Shard {
                 self.fail_attempt(slot, Code::Unavailable, STOPPED_ERROR, space);
             }
         }
+        let behind = match self.sealed.back_mut() {
+            _ if !settling => effects,
+            Some(last) if self.open.facts.is_empty() => &mut last.edges,
+            Some(_) | None => &mut self.open.edges,
+        };
+        let reply = Reply::Leases { kept, known };
+        behind
+            .edge(connection.edge())
+            .replies
+            .push((connection, ticket, reply));
+    }
+
+    /// Says which of the leases that an executor names it has lost. What takes too long is being cancelled and not lost:
+    /// its outcome is waited for, since it frees the slot. What is on its way to the disk is judged next time.
+    pub(crate) fn leases_held(
+        &self,
+        executor: u64,
+        connection: ConnectionId,
+        ticket: u64,
+        mut leases: Vec<(RequestId, Token)>,
+        effects: &mut Effects,
+    ) {
+        let overdue = self.sessions.get(&executor).map(|session| &session.overdue);
+        leases.retain(|lease| {
+            let held = self.tasks.find(lease.0).is_some_and(|slot| {
+                let task = &self.tasks[slot];
+                let holder = self.bindings.get(task.holder as usize);
+                matches!(task.state(), State::Running | State::Stopping)
+                    && task.token() == lease.1
+                    && holder.is_none_or(|holder| holder.executor == executor)
+            });
+            !held && overdue.is_none_or(|overdue| !overdue.contains_key(lease))
+        });
+        let reply = Reply::LeasesLost { lost: leases };
         effects
             .edge(connection.edge())
             .replies
-            .push((connection, ticket, Reply::Leases { kept }));
+            .push((connection, ticket, reply));
+    }
+
+    /// True for a leased task whose executor has not shown up since the start.
+    fn is_orphan(&self, slot: u32) -> bool {
+        let task = &self.tasks[slot];
+        task.holder == NIL && (self.orphans.head == slot || task.prev != NIL)
+    }
+
+    /// True if the outcome of a task's last attempt is durable. One that was tried again and waits for its turn is in
+    /// this not told apart from one that was given back unstarted.
+    fn has_outcome(&self, slot: u32) -> bool {
+        let task = &self.tasks[slot];
+        task.state() == State::Retrying || task.state().terminal() && task.at != 0
     }
 
     /// The connection is gone; the leases live on for one term.

@@ -43,8 +43,8 @@ pub struct Task {
     age: u64,
     /// Where its record stands in the log.
     pub position: Lsn,
-    /// Scheduled, retrying: logged ms at which it is due. Running: monotonic ms of its start. Finished: the position of
-    /// its outcome, 0 where there is none.
+    /// Scheduled, retrying: logged ms at which it is due. Enqueued, dequeued, running: monotonic us of when it became
+    /// that. Finished: the position of its outcome, 0 where there is none.
     pub at: u64,
     /// Its function.
     pub function: FunctionId,

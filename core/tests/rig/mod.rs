@@ -14,6 +14,7 @@ use pelton_core::{
     id::*,
     record::{BatchSpace, RECORD_ALIGN, RECORD_HEADER_BYTES},
     shard::{Options, Shard},
+    times::Part,
 };
 
 pub const HEADER: usize = 128;
@@ -34,6 +35,10 @@ pub struct Rig {
     base: u64,
     in_flight: Option<(u64, Vec<u8>)>,
     pub out: EdgeBatch,
+    /// How long tasks took, in the order in which it was noted.
+    pub times: Vec<(Part, u64)>,
+    /// What executors say of how long attempts ran.
+    pub run_us: u32,
     ticket: u64,
 }
 
@@ -60,6 +65,8 @@ impl Rig {
             base: 4096,
             in_flight: None,
             out: EdgeBatch::default(),
+            times: Vec::new(),
+            run_us: 0,
             ticket: 0,
         }
     }
@@ -86,6 +93,12 @@ impl Rig {
             .step(self.now, view, &mut self.inbox, &mut space, &mut effects);
         (self.len, self.records) = (space.len, space.records);
         self.shard.audit();
+        for part in Part::ALL {
+            for run in self.shard.times().of(part) {
+                let time = (part, run.time);
+                self.times.extend((0..run.count).map(|_| time));
+            }
+        }
         if let Some(batch) = durable {
             self.log.push(batch);
         }
@@ -267,6 +280,41 @@ impl Rig {
         self.settle();
     }
 
+    /// Connects the executor again with these leases; the answer is still to come.
+    pub fn present(&mut self, connection: ConnectionId, leases: &[(RequestId, Token)]) {
+        self.inbox.control.extend([
+            Control::SessionOpened {
+                executor: EXECUTOR,
+                connection,
+            },
+            Control::LeasesPresented {
+                executor: EXECUTOR,
+                connection,
+                ticket: 5,
+                leases: leases.to_vec(),
+            },
+        ]);
+    }
+
+    /// What a heartbeat of this executor is told to be lost of these leases.
+    pub fn lost(
+        &mut self,
+        executor: u64,
+        leases: &[(RequestId, Token)],
+    ) -> Vec<(RequestId, Token)> {
+        self.inbox.control.push_back(Control::LeasesHeld {
+            executor,
+            connection: WORKER,
+            ticket: 6,
+            leases: leases.to_vec(),
+        });
+        self.settle();
+        match self.out.replies.pop().expect("a heartbeat is answered").2 {
+            Reply::LeasesLost { lost } => lost,
+            other => panic!("{other:?}"),
+        }
+    }
+
     pub fn executes(&mut self) -> Vec<(RequestId, Token, Vec<u8>)> {
         let bytes = self.out.bytes.clone();
         let taken = std::mem::take(&mut self.out.executes);
@@ -283,6 +331,13 @@ impl Rig {
         verdict: Verdict,
         text: &str,
     ) -> Result<(), Code> {
+        self.post_outcome(request, token, verdict, text);
+        self.settle();
+        let ack = self.out.acks.pop().expect("an outcome is confirmed");
+        ack.refused.first().map_or(Ok(()), |&(_, code)| Err(code))
+    }
+
+    pub fn post_outcome(&mut self, request: RequestId, token: Token, verdict: Verdict, text: &str) {
         let mut bytes = Vec::new();
         let span = stow(&mut bytes, text.as_bytes());
         let (error, result) = match verdict {
@@ -296,6 +351,7 @@ impl Rig {
             token,
             verdict,
             code: Code::Ok,
+            run_us: self.run_us,
             error,
             output: Span::default(),
             result,
@@ -309,9 +365,6 @@ impl Rig {
             refused: vec![],
         };
         self.inbox.control.push_back(Control::Outcomes(batch));
-        self.settle();
-        let ack = self.out.acks.pop().expect("an outcome is confirmed");
-        ack.refused.first().map_or(Ok(()), |&(_, code)| Err(code))
     }
 
     pub fn query(&mut self, query: Query) -> Reply {

@@ -3,10 +3,11 @@
 use std::{
     fmt,
     fs::{self, File, TryLockError},
-    io,
+    io::{self, Write},
     net::{SocketAddr, UdpSocket},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use clap::Args;
@@ -275,28 +276,87 @@ fn check_memlock(shards: u16) -> Check {
     }
 }
 
+/// One block, as the log writes them.
+#[repr(align(4096))]
+struct Block([u8; 4096]);
+
+/// Which step of writing a block failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Open,
+    Write,
+    Flush,
+}
+
 fn check_direct(folder: &Path) -> Check {
     let path = folder.join(format!(".pelton-doctor-{}", std::process::id()));
-    let opened = File::options()
+    let written = write_block(&path);
+    // A file system without O_DIRECT makes the file and then refuses to open it.
+    let _ = fs::remove_file(&path);
+    match written {
+        Ok(took) => Check::ok(
+            "O_DIRECT",
+            format!(
+                "a block is written to {} and flushed in {} us",
+                folder.display(),
+                took.as_micros()
+            ),
+        ),
+        Err((step, error)) => {
+            let (found, remedy) = cannot_write(folder, step, &error);
+            Check::bad(Grade::Problem, "O_DIRECT", found, remedy)
+        }
+    }
+}
+
+/// Writes and flushes one block as a shard does; how long the two took.
+fn write_block(path: &Path) -> Result<Duration, (Step, io::Error)> {
+    let mut file = File::options()
         .write(true)
         .create_new(true)
         .custom_flags(OFlags::DIRECT.bits() as i32)
-        .open(&path);
-    // A file system without O_DIRECT makes the file and then refuses to open it.
-    let _ = fs::remove_file(&path);
-    match opened {
-        Ok(_) => Check::ok("O_DIRECT", format!("works on {}", folder.display())),
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Check::bad(
-            Grade::Problem,
-            "O_DIRECT",
-            format!("the file system of {} does not have it", folder.display()),
-            "put the data on ext4, xfs or btrfs (--data)",
+        .open(path)
+        .map_err(|error| (Step::Open, error))?;
+    let block = Box::new(Block([0; 4096]));
+    let start = Instant::now();
+    file.write_all(&block.0)
+        .map_err(|error| (Step::Write, error))?;
+    file.sync_data().map_err(|error| (Step::Flush, error))?;
+    Ok(start.elapsed())
+}
+
+/// What is wrong, and what to do about it.
+fn cannot_write(folder: &Path, step: Step, error: &io::Error) -> (String, &'static str) {
+    let folder = folder.display();
+    let elsewhere = "put the data on ext4, xfs or btrfs (--data)";
+    match (step, error.kind()) {
+        (Step::Open, io::ErrorKind::InvalidInput) => (
+            format!("the file system of {folder} does not have it"),
+            elsewhere,
         ),
-        Err(error) => Check::bad(
-            Grade::Problem,
-            "O_DIRECT",
-            format!("{} cannot be written ({error})", folder.display()),
+        (Step::Write, io::ErrorKind::InvalidInput) => (
+            format!("the file system of {folder} takes no block of 4096 bytes ({error})"),
+            elsewhere,
+        ),
+        (_, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => (
+            format!("there is no room for a block on {folder} ({error})"),
+            "make room, or choose another place with --data",
+        ),
+        (_, io::ErrorKind::ReadOnlyFilesystem) => (
+            format!("the file system of {folder} is read-only"),
+            "mount it for writing, or choose another place with --data",
+        ),
+        (Step::Open, _) => (
+            format!("{folder} cannot be written ({error})"),
             "let this user write there, or choose another place with --data",
+        ),
+        (Step::Write, _) => (
+            format!("a block cannot be written to {folder} ({error})"),
+            "ask the kernel log (dmesg) what the disk has, or choose another place with --data",
+        ),
+        (Step::Flush, _) => (
+            format!("a block on {folder} cannot be flushed ({error})"),
+            "nothing would be durable there: ask the kernel log (dmesg) what the disk has",
         ),
     }
 }
@@ -422,6 +482,39 @@ mod tests {
         let taken = check_port(socket.local_addr().unwrap(), None);
         assert_eq!(taken.grade, Grade::Problem);
         assert!(taken.to_string().contains("--listen"));
+    }
+
+    #[test]
+    fn a_block_is_written_and_flushed_and_nothing_of_it_stays() {
+        // Not in /tmp, which may be in memory: there O_DIRECT may be refused.
+        let base = std::env::current_dir().unwrap().join("../target/test-data");
+        fs::create_dir_all(&base).unwrap();
+        let folder = tempfile::tempdir_in(base).unwrap();
+        let check = check_direct(folder.path());
+        assert_eq!(check.grade, Grade::Ok, "{check}");
+        assert!(check.found.contains(" and flushed in "), "{check}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let nowhere = check_direct(&folder.path().join("nowhere"));
+        assert_eq!(nowhere.grade, Grade::Problem);
+        assert!(nowhere.to_string().contains("--data"), "{nowhere}");
+    }
+
+    #[test]
+    fn whatever_keeps_a_block_from_the_disk_has_a_remedy() {
+        let of = |step, number| {
+            let error = io::Error::from_raw_os_error(number);
+            let (found, remedy) = cannot_write(Path::new("/data"), step, &error);
+            assert!(found.contains("/data") && !remedy.is_empty(), "{found}");
+            format!("{found}: {remedy}")
+        };
+        let (invalid, full, read_only, broken, denied) = (22, 28, 30, 5, 13);
+        assert!(of(Step::Open, invalid).contains("does not have it: put the data on ext4"));
+        assert!(of(Step::Write, invalid).contains("4096 bytes"));
+        assert!(of(Step::Write, full).contains("make room"));
+        assert!(of(Step::Open, read_only).contains("read-only"));
+        assert!(of(Step::Open, denied).contains("let this user write there"));
+        assert!(of(Step::Write, broken).contains("dmesg"));
+        assert!(of(Step::Flush, broken).contains("nothing would be durable"));
     }
 
     #[test]

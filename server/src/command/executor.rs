@@ -32,8 +32,6 @@ use crate::{
 const EXIT_THROTTLED: i32 = 75;
 /// How long the function pauses then.
 const THROTTLED_MS: u32 = 1_000;
-/// What a command gets between SIGTERM and SIGKILL.
-const KILL_GRACE: Duration = Duration::from_secs(5);
 /// After the command has ended, processes that it left behind may write for this long.
 const LEFT_BEHIND: Duration = Duration::from_secs(1);
 /// Bytes of stderr that are kept: the end of it.
@@ -43,7 +41,8 @@ const OUTPUT_BYTES_MAX: usize = 8 << 10;
 ///
 /// The payload is the command's standard input, its standard output is the result, and the end of its standard error
 /// is kept with the attempt. Exit code 0 is success, 75 means that what the command needs is busy (the function
-/// pauses for a second, no attempt is spent), any other one that the attempt failed. A cancelled command gets SIGTERM, and SIGKILL 5 s later.
+/// pauses for a second, no attempt is spent), any other one that the attempt failed. A cancelled command gets SIGTERM, and
+/// SIGKILL when the grace of its stop is over.
 ///
 /// The command finds PELTON_FUNCTION, PELTON_REQUEST_ID, PELTON_TASK_ID and PELTON_ATTEMPT in its environment.
 ///
@@ -226,20 +225,14 @@ impl Job {
         let mut pipes = std::pin::pin!(pipes);
         let mut drained = false;
         let mut told = false;
-        let kill_at = tokio::time::sleep(KILL_GRACE);
-        let mut kill_at = std::pin::pin!(kill_at);
         let status = loop {
             tokio::select! {
                 status = child.wait() => break status?,
                 () = &mut pipes, if !drained => drained = true,
                 () = attempt.cancelled(), if !told => {
+                    // When its grace is over, this attempt is dropped, and its group gets SIGKILL.
                     told = true;
                     group.signal(Signal::TERM);
-                    kill_at.as_mut().reset(tokio::time::Instant::now() + KILL_GRACE);
-                }
-                () = &mut kill_at, if told => {
-                    group.signal(Signal::KILL);
-                    kill_at.as_mut().reset(tokio::time::Instant::now() + KILL_GRACE);
                 }
             }
         };

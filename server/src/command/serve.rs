@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Args;
-use pelton_engine::{Engine, Options};
+use pelton_engine::{Engine, Options, engine::Closed};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -137,16 +137,23 @@ fn serve(config: &Config) -> Result<(), String> {
     let end = Instant::now();
     running.stop(GRACE);
     let closed = engine.close(GRACE);
-    println!(
-        "closed in {} ms{}",
-        end.elapsed().as_millis(),
-        if closed.complete {
-            ""
-        } else {
-            "; a shard did not end in time: the log is as a crash leaves it"
-        }
-    );
+    println!("{}", closing_line(end.elapsed(), closed));
     Ok(())
+}
+
+/// What the server says last: nothing that runs is interrupted by its end.
+fn closing_line(took: Duration, closed: Closed) -> String {
+    let running = match closed.running {
+        0 => "no task is left running".to_owned(),
+        1 => "1 task is left running with its executor".to_owned(),
+        many => format!("{many} tasks are left running with their executors"),
+    };
+    let late = if closed.complete {
+        ""
+    } else {
+        "; a shard did not end in time: the log is as a crash leaves it"
+    };
+    format!("closed in {} ms, {running}{late}", took.as_millis())
 }
 
 /// SIGINT and SIGTERM, caught from the moment this is made.
@@ -202,5 +209,34 @@ impl State {
 impl Drop for State {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_line_says_what_is_left_running_and_whether_it_was_in_time() {
+        let line = |running, complete| {
+            let took = Duration::from_millis(12);
+            closing_line(
+                took,
+                Closed {
+                    complete,
+                    took,
+                    running,
+                },
+            )
+        };
+        assert_eq!(line(0, true), "closed in 12 ms, no task is left running");
+        assert_eq!(
+            line(1, true),
+            "closed in 12 ms, 1 task is left running with its executor"
+        );
+        assert_eq!(
+            line(3, false),
+            "closed in 12 ms, 3 tasks are left running with their executors; a shard did not end in time: the log is as a crash leaves it"
+        );
     }
 }

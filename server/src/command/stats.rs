@@ -56,31 +56,8 @@ fn render(stats: &Value) -> String {
     }
     text.push_str(&tasks.render());
 
-    let mut latencies = Table::new([
-        "DISTRIBUTION",
-        ">SHARD",
-        ">COUNT",
-        ">P50",
-        ">P99",
-        ">P99.9",
-        ">MAX",
-    ]);
-    for shard in shards {
-        for (name, figures) in shard["histograms"].as_object().into_iter().flatten() {
-            let figure = |name: &str| cell(&figures[name]);
-            latencies.row([
-                name.replace('_', " "),
-                cell(&shard["shard"]),
-                figure("count"),
-                figure("p50"),
-                figure("p99"),
-                figure("p999"),
-                figure("max"),
-            ]);
-        }
-    }
     text.push('\n');
-    text.push_str(&latencies.render());
+    text.push_str(&stages(shards));
 
     let mut log = Table::new(["LOG"].into_iter().chain(heads.iter().copied()));
     let names = shards.first().and_then(|shard| shard["log"].as_object());
@@ -105,6 +82,73 @@ fn render(stats: &Value) -> String {
     text
 }
 
+/// The histograms, one stage after the other in the order of a task's way.
+fn stages(shards: &[Value]) -> String {
+    let mut table = Table::new([
+        "STAGE", "", ">SHARD", ">COUNT", ">MEAN", ">P50", ">P99", ">P99.9", ">MAX",
+    ]);
+    let first = shards
+        .first()
+        .and_then(|shard| shard["histograms"].as_object());
+    for name in first.into_iter().flatten().map(|(name, _)| name) {
+        let (stage, unit) = match name.rsplit_once('_') {
+            Some((stage, unit @ ("us" | "ms"))) => (stage, unit),
+            Some(_) | None => (name.as_str(), ""),
+        };
+        for shard in shards {
+            let figures = &shard["histograms"][name];
+            let figure = |name: &str| match figures[name].as_f64() {
+                // Nothing has come this far.
+                _ if figures["count"] == 0 => cell(&Value::Null),
+                Some(value) if unit == "us" => duration(value),
+                Some(value) if unit == "ms" => duration(value * 1_000.0),
+                Some(_) | None => cell(&figures[name]),
+            };
+            table.row([
+                stage.replace('_', " "),
+                meaning(stage).to_owned(),
+                cell(&shard["shard"]),
+                cell(&figures["count"]),
+                figure("mean"),
+                figure("p50"),
+                figure("p99"),
+                figure("p999"),
+                figure("max"),
+            ]);
+        }
+    }
+    table.render()
+}
+
+/// From where to where a stage goes; nothing for one of another version.
+fn meaning(stage: &str) -> &'static str {
+    match stage {
+        "durable" => "accepted to durable",
+        "queued" => "enqueued to dequeued",
+        "fetched" => "dequeued to leased",
+        "dispatched" => "leased to dispatched",
+        "carried" => "dispatched to started, and finished to heard",
+        "run" => "started to finished",
+        "delivered" => "heard to durable and told",
+        "total" => "accepted to ended",
+        "turn" => "one turn of the shard's loop",
+        "commit" => "one flush of the log",
+        "batch_records" => "records of one flush",
+        "batch_bytes" => "bytes of one flush",
+        _ => "",
+    }
+}
+
+/// Microseconds, with three digits at least.
+fn duration(us: f64) -> String {
+    match us {
+        0.0..1_000.0 => format!("{us:.0} us"),
+        1_000.0..10_000.0 => format!("{:.2} ms", us / 1e3),
+        10_000.0..1_000_000.0 => format!("{:.0} ms", us / 1e3),
+        _ => format!("{:.1} s", us / 1e6),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,7 +158,12 @@ mod tests {
         let shard = |index: u16| {
             json!({
                 "shard": index, "accepted": 4, "turns": 9, "parks": 1, "disk_full": false, "clock_held": 0,
-                "histograms": { "turn_us": { "count": 5, "p50": 1, "p99": 2, "p999": 3, "max": 4 } },
+                "histograms": {
+                    "queued_us": { "count": 5, "mean": 2.6, "p50": 1, "p99": 2500, "p999": 31_000, "max": 4_000_000 },
+                    "total_ms": { "count": 5, "mean": 2, "p50": 1, "p99": 2, "p999": 3, "max": 4 },
+                    "run_us": { "count": 0, "mean": 0, "p50": 0, "p99": 0, "p999": 0, "max": 0 },
+                    "batch_records": { "count": 7, "mean": 1, "p50": 1, "p99": 2, "p999": 3, "max": 4 },
+                },
                 "log": { "batches": 77 },
             })
         };
@@ -126,7 +175,62 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "TASKS     ALL  SHARD 0  SHARD 1");
         assert_eq!(lines[1], "accepted    8        4        4");
-        assert!(text.contains("turn us"), "{text}");
+        let cells: Vec<Vec<&str>> = lines
+            .iter()
+            .map(|line| {
+                line.split("  ")
+                    .map(str::trim)
+                    .filter(|cell| !cell.is_empty())
+                    .collect()
+            })
+            .collect();
+        let queued = [
+            "queued",
+            "enqueued to dequeued",
+            "0",
+            "5",
+            "3 us",
+            "1 us",
+            "2.50 ms",
+            "31 ms",
+            "4.0 s",
+        ];
+        let total = [
+            "total",
+            "accepted to ended",
+            "1",
+            "5",
+            "2.00 ms",
+            "1.00 ms",
+            "2.00 ms",
+            "3.00 ms",
+            "4.00 ms",
+        ];
+        let none = [
+            "run",
+            "started to finished",
+            "1",
+            "0",
+            "-",
+            "-",
+            "-",
+            "-",
+            "-",
+        ];
+        let records = [
+            "batch records",
+            "records of one flush",
+            "0",
+            "7",
+            "1",
+            "1",
+            "2",
+            "3",
+            "4",
+        ];
+        let place = |row: &[&str]| cells.iter().position(|cells| cells == row);
+        let places = [place(&queued), place(&total), place(&none), place(&records)];
+        assert!(places.is_sorted() && places[0].is_some(), "{text}");
         assert!(text.contains("batches          77       77"), "{text}");
     }
 }

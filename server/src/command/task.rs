@@ -24,8 +24,6 @@ use crate::{
     config::Config,
 };
 
-/// What a running attempt gets to end by itself when its task is stopped.
-const STOP_GRACE: Duration = Duration::from_secs(5);
 /// A wait without a limit is asked again after this long.
 const WAIT_STEP: Duration = Duration::from_secs(60);
 
@@ -48,7 +46,7 @@ enum TaskCommand {
     #[command(alias = "ls")]
     List(ListArgs),
     /// Stop a task; prints where it stands then
-    Stop(OneArgs),
+    Stop(StopArgs),
 }
 
 #[derive(Args, Clone, Debug)]
@@ -128,6 +126,15 @@ struct OneArgs {
 }
 
 #[derive(Args, Clone, Debug)]
+struct StopArgs {
+    #[command(flatten)]
+    task: OneArgs,
+    /// What an attempt that runs gets to end by itself before it is ended by force; at most 1h
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    grace: Duration,
+}
+
+#[derive(Args, Clone, Debug)]
 struct WaitArgs {
     /// A request id, FUNCTION/TASK_ID, or FUNCTION/KEY/TASK_ID
     #[arg(value_name = "ID", value_parser = parse_id)]
@@ -172,7 +179,8 @@ impl TaskArgs {
     pub fn json(&self) -> bool {
         match &self.command {
             TaskCommand::Submit(args) => args.connect.json,
-            TaskCommand::Get(args) | TaskCommand::Stop(args) => args.connect.json,
+            TaskCommand::Get(args) => args.connect.json,
+            TaskCommand::Stop(args) => args.task.connect.json,
             TaskCommand::Wait(args) => args.connect.json,
             TaskCommand::List(args) => args.connect.json,
         }
@@ -459,9 +467,10 @@ fn error_of(task: &Value) -> String {
     text.chars().take(WIDTH_MAX - 1).chain(['…']).collect()
 }
 
-async fn stop(args: &OneArgs, config: &Config) -> Result<Exit, Failure> {
+async fn stop(args: &StopArgs, config: &Config) -> Result<Exit, Failure> {
+    let StopArgs { task: args, grace } = args;
     let client = args.connect.connect(config).await?;
-    let answer = client.stop(&args.id, STOP_GRACE).await;
+    let answer = client.stop(&args.id, *grace).await;
     client.close().await;
     let status = answer?.map(TaskStatus::name);
     if args.connect.json {

@@ -1,7 +1,11 @@
 //! The executor's side of a session: what it offers, what it is handed, how attempts ended, and what it still holds
 //! after a reconnect.
 
-use std::{cell::RefCell, collections::HashMap, collections::VecDeque, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap, VecDeque},
+    rc::Rc,
+};
 
 use bytes::BytesMut;
 use pelton_core::{
@@ -20,7 +24,7 @@ use pelton_net::{
 };
 
 use crate::edge::{
-    hub::{Answered, Hub, write_items},
+    hub::{Answered, Asked, Hub, write_items},
     session::Session,
 };
 
@@ -36,7 +40,7 @@ const WAITING_BYTES_MAX: usize = 4 << 20;
 pub(crate) struct Executing {
     functions: RefCell<Vec<Option<Offered>>>,
     /// Where the attempts that it runs came from; kept only where there are several shards.
-    attempts: RefCell<HashMap<RequestId, (u16, ShardId)>>,
+    attempts: RefCell<HashMap<Lease, (u16, ShardId)>>,
     /// Tasks that came for a slot that had just been lent elsewhere.
     held: RefCell<VecDeque<(u16, BytesMut)>>,
     /// Leases of resume frames that were full, so that more follow: the frames' tags and what they hold.
@@ -253,7 +257,11 @@ impl Session {
         let mut attempts = self.executing.attempts.borrow_mut();
         let mut ready = Vec::new();
         for item in items {
-            attempts.insert(item.request_id, (item.function, shard));
+            let lease = Lease {
+                request_id: item.request_id,
+                token: item.token,
+            };
+            attempts.insert(lease, (item.function, shard));
             let offered = functions.get_mut(usize::from(item.function));
             if let Some(Some(offered)) = offered {
                 offered.lender.on_execute(shard);
@@ -274,8 +282,8 @@ impl Session {
     }
 
     /// An attempt has ended: its slot is free for a held task, or for its shard.
-    fn ended(&self, request: RequestId) {
-        let Some((index, shard)) = self.executing.attempts.borrow_mut().remove(&request) else {
+    fn ended(&self, lease: &Lease) {
+        let Some((index, shard)) = self.executing.attempts.borrow_mut().remove(lease) else {
             return;
         };
         let mut functions = self.executing.functions.borrow_mut();
@@ -356,7 +364,10 @@ impl Session {
                 );
                 batch.outcomes.push(outcome(&item, spans));
                 places.push(place as u16);
-                self.ended(item.request_id);
+                self.ended(&Lease {
+                    request_id: item.request_id,
+                    token: item.token,
+                });
             }
         }
         if batches.is_empty() {
@@ -376,6 +387,63 @@ impl Session {
             hub.control(shard, Control::Outcomes(batch)).await;
         }
         Ok(())
+    }
+
+    /// Has shards say which of the leases that an executor names are lost.
+    pub(crate) async fn on_heartbeat(
+        self: &Rc<Self>,
+        hub: &Rc<Hub>,
+        frame: &Frame,
+    ) -> Result<(), ProtocolError> {
+        let items = Items::<Lease>::parse(frame)?;
+        let mut asked = Vec::new();
+        if let Some(executor) = self.executor {
+            // Asked before anything behind the heartbeat is read: no outcome overtakes it.
+            let named = items.iter().map(|lease| (lease.request_id, lease.token));
+            for (shard, leases) in by_shard(hub, named) {
+                let connection = self.id;
+                let put = hub.put(shard, |ticket| Control::LeasesHeld {
+                    executor,
+                    connection,
+                    ticket,
+                    leases,
+                });
+                asked.extend(put.await);
+            }
+        }
+        let tag = frame.tag;
+        if asked.is_empty() {
+            self.acknowledge_heartbeat(tag, asked).await;
+        } else if self.begin_question() {
+            let session = Rc::clone(self);
+            tokio::task::spawn_local(async move {
+                session.acknowledge_heartbeat(tag, asked).await;
+                session.end_question();
+            });
+        } else {
+            // Nothing more is read until some answers are there.
+            hub.wake_shards();
+            self.acknowledge_heartbeat(tag, asked).await;
+        }
+        Ok(())
+    }
+
+    /// A shard that does not answer has not taken a lease away.
+    async fn acknowledge_heartbeat(&self, tag: u64, asked: Vec<Asked>) {
+        let mut lost = Vec::new();
+        for asked in asked {
+            if let Some(Answered::Reply(Reply::LeasesLost { lost: some })) = asked.answer().await {
+                lost.extend(
+                    some.into_iter()
+                        .map(|(request_id, token)| Lease { request_id, token }),
+                );
+            }
+        }
+        for lease in &lost {
+            // Its outcome will not come.
+            self.ended(lease);
+        }
+        self.write(|out| write_items(out, FrameType::HeartbeatAck, tag, lost.into_iter()));
     }
 
     /// Presents the leases that an executor holds after a reconnect; must come before it registers.
@@ -405,17 +473,13 @@ impl Session {
             return Ok(());
         }
         let frames = self.executing.presented.take();
-        let presented: Leases = frames
-            .iter()
-            .flat_map(|(_, leases)| leases)
-            .copied()
-            .collect();
-        let mut kept = Leases::new();
+        let presented = frames.iter().flat_map(|(_, leases)| leases).copied();
+        let mut presented = by_shard(hub, presented);
+        let mut verdicts = HashMap::new();
         for shard in hub.edge.shards() {
-            let leases: Vec<_> = hub.edge.with_routes(|routes| {
-                let here = |lease: &&(RequestId, Token)| routes.shard_of(lease.0.cell()) == shard;
-                presented.iter().filter(here).copied().collect()
-            });
+            // One that holds none of them learns that what it has handed out was lost on the way.
+            let leases = presented.remove(&shard).unwrap_or_default();
+            let here = leases.clone();
             let connection = self.id;
             let answered = hub
                 .ask(shard, |ticket| Control::LeasesPresented {
@@ -425,22 +489,38 @@ impl Session {
                     leases,
                 })
                 .await;
-            if let Some(Answered::Reply(Reply::Leases { kept: some })) = answered {
-                kept.extend(some);
-            }
+            // A shard that does not answer has not taken a lease away.
+            let (kept, known) = match answered {
+                Some(Answered::Reply(Reply::Leases { kept, known })) => (kept, known),
+                Some(_) | None => (here, Leases::new()),
+            };
+            verdicts.extend(kept.into_iter().map(|lease| (lease, ResumedLease::Kept)));
+            verdicts.extend(known.into_iter().map(|lease| (lease, ResumedLease::Known)));
         }
-        kept.sort_unstable_by_key(|lease| lease.0);
         for (tag, leases) in frames {
             let said = leases.iter().map(|lease| {
-                match kept.binary_search_by_key(&lease.0, |kept| kept.0) {
-                    Ok(place) if kept[place].1 == lease.1 => ResumedLease::Kept,
-                    Ok(_) | Err(_) => ResumedLease::Refused,
-                }
+                let verdict = verdicts.get(lease).copied();
+                verdict.unwrap_or(ResumedLease::Refused)
             });
             self.write(|out| write_items(out, FrameType::Resumed, tag, said));
         }
         Ok(())
     }
+}
+
+/// Leases by the shard of their task.
+fn by_shard(
+    hub: &Hub,
+    leases: impl Iterator<Item = (RequestId, Token)>,
+) -> BTreeMap<ShardId, Leases> {
+    let mut shards: BTreeMap<ShardId, Leases> = BTreeMap::new();
+    hub.edge.with_routes(|routes| {
+        for lease in leases {
+            let shard = routes.shard_of(lease.0.cell());
+            shards.entry(shard).or_default().push(lease);
+        }
+    });
+    shards
 }
 
 fn outcome(item: &TaskOutcome<'_>, (error, output, result): (Span, Span, Span)) -> Outcome {
@@ -457,6 +537,7 @@ fn outcome(item: &TaskOutcome<'_>, (error, output, result): (Span, Span, Span)) 
             OutcomeStatus::Stopped => Verdict::Stopped,
         },
         code: Code::Ok,
+        run_us: item.run_us,
         error,
         output,
         result,

@@ -35,8 +35,6 @@ use crate::{
     keys::Keys,
 };
 
-/// Time that a cancelled attempt gets to end by itself.
-const CANCEL_GRACE_MS: u32 = 5_000;
 /// How often idle slots move between shards while executors are busy, and while they are not.
 const REBALANCE_BUSY: Duration = Duration::from_millis(10);
 const REBALANCE_IDLE: Duration = Duration::from_millis(100);
@@ -77,7 +75,7 @@ pub(crate) struct Hub {
     pub(crate) sessions: RefCell<HashMap<u64, Rc<Session>>>,
     next_session: Cell<u64>,
     next_ticket: Cell<u64>,
-    asked: RefCell<HashMap<u64, oneshot::Sender<Answered>>>,
+    asked: Questions,
     split: RefCell<HashMap<u64, SplitOutcomes>>,
     pub(crate) closing: Cell<bool>,
     given: Notify,
@@ -104,7 +102,7 @@ impl Hub {
             sessions: RefCell::default(),
             next_session: Cell::new(1),
             next_ticket: Cell::new(1),
-            asked: RefCell::default(),
+            asked: Questions::default(),
             split: RefCell::default(),
             closing: Cell::new(false),
             given: Notify::new(),
@@ -153,16 +151,26 @@ impl Hub {
         shard: ShardId,
         question: impl FnOnce(u64) -> Control,
     ) -> Option<Answered> {
+        self.put(shard, question).await?.answer().await
+    }
+
+    /// Asks a shard; its answer may be waited for later. `None` if the shard is gone.
+    pub(crate) async fn put(
+        &self,
+        shard: ShardId,
+        question: impl FnOnce(u64) -> Control,
+    ) -> Option<Asked> {
         let ticket = self.next_ticket();
-        let (sender, receiver) = oneshot::channel();
+        let (sender, answer) = oneshot::channel();
         self.asked.borrow_mut().insert(ticket, sender);
-        let forget = Forget { hub: self, ticket };
-        if !self.control(shard, question(ticket)).await {
-            return None;
-        }
-        let answer = receiver.await.ok();
-        drop(forget);
-        answer
+        let asked = Asked {
+            answer,
+            forget: Forget {
+                asked: Rc::clone(&self.asked),
+                ticket,
+            },
+        };
+        self.control(shard, question(ticket)).await.then_some(asked)
     }
 
     /// Asks about tasks.
@@ -258,7 +266,7 @@ impl Hub {
                         request_id: cancel.request,
                         token: cancel.token,
                     },
-                    grace_ms: CANCEL_GRACE_MS,
+                    grace_ms: cancel.grace_ms,
                 };
                 session.write(|out| write_items(out, FrameType::Cancel, 0, [item].into_iter()));
             }
@@ -475,15 +483,34 @@ impl Hub {
     }
 }
 
+/// Who waits for the answer to which question.
+type Questions = Rc<RefCell<HashMap<u64, oneshot::Sender<Answered>>>>;
+
+/// A question that a shard has been asked.
+pub(crate) struct Asked {
+    answer: oneshot::Receiver<Answered>,
+    forget: Forget,
+}
+
+impl Asked {
+    /// Waits for the answer; `None` if there will be none.
+    pub(crate) async fn answer(self) -> Option<Answered> {
+        let Asked { answer, forget } = self;
+        let answered = answer.await.ok();
+        drop(forget);
+        answered
+    }
+}
+
 /// Forgets a question when nobody waits for its answer any more.
-struct Forget<'a> {
-    hub: &'a Hub,
+struct Forget {
+    asked: Questions,
     ticket: u64,
 }
 
-impl Drop for Forget<'_> {
+impl Drop for Forget {
     fn drop(&mut self) {
-        self.hub.asked.borrow_mut().remove(&self.ticket);
+        self.asked.borrow_mut().remove(&self.ticket);
     }
 }
 

@@ -9,7 +9,7 @@ use pelton_core::{
     error::Code,
     event::{Filter, Query as TaskQuery, Reply, Target},
     id::{FunctionId, RequestId, ShardId, TaskName, TenantId},
-    limits::CELL_COUNT,
+    limits::{CELL_COUNT, STOP_GRACE, STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     state::State,
 };
 use pelton_engine::{
@@ -57,7 +57,14 @@ impl Session {
         // What is broken is refused before anything is started.
         match frame.kind {
             FrameType::Wait => Wait::parse(&frame).map(|_| ())?,
-            FrameType::Stop => Items::<Stop>::parse(&frame).map(|_| ())?,
+            FrameType::Stop => {
+                // An answer to a stop has no room for a sentence.
+                let stops = Items::<Stop>::parse(&frame)?;
+                if stops.iter().any(|stop| stop.grace_ms > STOP_GRACE_MS_MAX) {
+                    self.error(frame.tag, Code::InvalidArgument, STOP_GRACE);
+                    return Ok(());
+                }
+            }
             _ => Query::parse(&frame).map(|_| ())?,
         }
         if !self.begin_question() {
@@ -175,7 +182,7 @@ impl Session {
         let mut answers = Vec::with_capacity(items.len());
         for item in items.iter() {
             let target = Target::Request(item.request_id);
-            let (code, status) = match self.stop_one(hub, target).await {
+            let (code, status) = match self.stop_one(hub, target, item.grace_ms).await {
                 Ok(status) => (Code::Ok, status_of(status)),
                 Err((code, _)) => (code, None),
             };
@@ -190,8 +197,8 @@ impl Session {
         });
     }
 
-    async fn stop_one(&self, hub: &Hub, target: Target) -> Result<State, Refusal> {
-        let question = |target| TaskQuery::Stop { target };
+    async fn stop_one(&self, hub: &Hub, target: Target, grace_ms: u32) -> Result<State, Refusal> {
+        let question = |target| TaskQuery::Stop { target, grace_ms };
         match self.question(hub, target, question).await? {
             Answered::Reply(Reply::Done { state: Some(state) }) => Ok(state),
             Answered::Reply(Reply::Refused { code, what }) => Err((code, what.to_owned())),
@@ -252,7 +259,8 @@ impl Session {
                 needs(self.scopes.manage(), "manage")?;
                 fields.only(&["task", "grace_ms"])?;
                 let target = self.target(hub, fields.text("task")?)?;
-                let status = self.stop_one(hub, target).await?;
+                let grace_ms = fields.number("grace_ms", STOP_GRACE_MS_DEFAULT)?;
+                let status = self.stop_one(hub, target, grace_ms).await?;
                 Ok(json!({ "status": status.name() }))
             }
             Operation::FunctionList => {
@@ -713,6 +721,7 @@ fn describe_shard(stats: &ShardStats) -> Value {
             stage.name().to_owned(),
             json!({
                 "count": histogram.len(),
+                "mean": (histogram.mean() * 10.0).round() / 10.0,
                 "p50": histogram.value_at_quantile(0.5),
                 "p99": histogram.value_at_quantile(0.99),
                 "p999": histogram.value_at_quantile(0.999),

@@ -19,17 +19,13 @@ use pelton_core::{
 use pelton_net::{
     error::ProtocolError,
     frame::{Frame, FrameReader, FrameType},
-    item::Items,
     quic::{Connection, RecvStream, SendStream, VarInt, server::Listener},
-    session::{Credential, ErrorFrame, Hello, Lease, PROTOCOL_VERSION, Welcome},
+    session::{Credential, ErrorFrame, Hello, PROTOCOL_VERSION, Welcome},
 };
 use tokio::sync::Notify;
 
 use crate::{
-    edge::{
-        execute::Executing,
-        hub::{Hub, write_items},
-    },
+    edge::{execute::Executing, hub::Hub},
     keys::{Scopes, TenantSet},
 };
 
@@ -316,15 +312,7 @@ impl Session {
             FrameType::Outcome if self.executor.is_some() => self.on_outcomes(hub, frame).await,
             FrameType::Register => self.on_register(hub, &frame).await,
             FrameType::Resume => self.on_resume(hub, &frame).await,
-            FrameType::Heartbeat => {
-                // That it came says enough: leases end by their cancels and their time.
-                Items::<Lease>::parse(&frame)?;
-                self.write(|out| {
-                    let none = std::iter::empty::<Lease>();
-                    write_items(out, FrameType::HeartbeatAck, frame.tag, none);
-                });
-                Ok(())
-            }
+            FrameType::Heartbeat => self.on_heartbeat(hub, &frame).await,
             FrameType::Goodbye => {
                 // It goes on sending outcomes, and closes the connection when it is done.
                 self.left.set(true);
