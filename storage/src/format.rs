@@ -279,6 +279,31 @@ mod tests {
     }
 
     #[test]
+    fn a_record_holds_in_its_place_alone_and_no_flipped_bit_passes() {
+        let (lsn, key) = (Lsn(3 << 22), 77);
+        let mut batch = vec![0; BATCH_HEADER_BYTES + 2 * 64];
+        for at in [BATCH_HEADER_BYTES, BATCH_HEADER_BYTES + 64] {
+            batch[at..at + 4].copy_from_slice(&40u32.to_le_bytes());
+            batch[at + 4..at + 6].copy_from_slice(&1u16.to_le_bytes());
+            batch[at + RECORD_HEADER_BYTES..at + RECORD_HEADER_BYTES + 40].fill(9);
+        }
+        seal_records(&mut batch, lsn, 2, key);
+        let position = Lsn(lsn.0 + BATCH_HEADER_BYTES as u64);
+        let mut record = batch[BATCH_HEADER_BYTES..][..RECORD_HEADER_BYTES + 40].to_vec();
+        assert!(record_holds(&record, position, key));
+        assert!(!record_holds(&record, Lsn(position.0 + 64), key));
+        assert!(!record_holds(&record, position, key + 1));
+        for bit in (0..record.len() * 8).filter(|bit| !(96..128).contains(bit)) {
+            record[bit / 8] ^= 1 << (bit % 8);
+            assert!(!record_holds(&record, position, key), "bit {bit}");
+            record[bit / 8] ^= 1 << (bit % 8);
+        }
+        for cut in 0..record.len() {
+            assert!(!record_holds(&record[..cut], position, key), "cut at {cut}");
+        }
+    }
+
+    #[test]
     fn a_batch_header_reads_back_and_no_flipped_bit_passes() {
         let (header, mut bytes) = batch();
         assert_eq!(BatchHeader::peek(&bytes), Some(header));
