@@ -21,9 +21,9 @@ use crate::{
     state::State,
     table::{
         blob::BlobPool,
-        paged::PagedQueue,
+        paged::{PagedQueue, PagedSlab},
         split::SplitMap,
-        task::{List, NIL, TaskTable},
+        task::{List, TaskTable},
     },
     times::{Appended, Times},
 };
@@ -270,8 +270,7 @@ pub struct Shard {
     pub(crate) names: SplitMap<Name>,
     pub(crate) name_ages: PagedQueue<(u128, u64)>,
     pub(crate) keys_by_hash: SplitMap<u32>,
-    pub(crate) keys: Vec<Key>,
-    pub(crate) free_keys: Vec<u32>,
+    pub(crate) keys: PagedSlab<Key>,
     pub(crate) finished: List,
     /// Live references into each segment from `first_segment` on.
     pub(crate) segments: VecDeque<u32>,
@@ -303,8 +302,7 @@ pub struct Shard {
     pub(crate) orphans: List,
     pub(crate) orphans_end_ns: u64,
     pub(crate) blobs: BlobPool,
-    pub(crate) waiters: Vec<Waiter>,
-    pub(crate) free_waiters: Vec<u32>,
+    pub(crate) waiters: PagedSlab<Waiter>,
     pub(crate) doomed: Vec<u32>,
     pub(crate) pending_names: BTreeMap<u128, (RequestId, u64, u64)>,
     pub(crate) open: Pending,
@@ -337,8 +335,7 @@ impl Shard {
             names: SplitMap::default(),
             name_ages: PagedQueue::default(),
             keys_by_hash: SplitMap::default(),
-            keys: Vec::new(),
-            free_keys: Vec::new(),
+            keys: PagedSlab::default(),
             finished: List::default(),
             segments: VecDeque::new(),
             first_segment: 0,
@@ -359,8 +356,7 @@ impl Shard {
             orphans: List::default(),
             orphans_end_ns: 0,
             blobs: BlobPool::default(),
-            waiters: Vec::new(),
-            free_waiters: Vec::new(),
+            waiters: PagedSlab::default(),
             doomed: Vec::new(),
             pending_names: BTreeMap::new(),
             open: Pending::default(),
@@ -585,21 +581,10 @@ impl Shard {
     }
 
     pub(crate) fn add_waiter(&mut self, first: u32, waiter: Waiter) -> u32 {
-        let waiter = Waiter {
+        self.waiters.insert(Waiter {
             next: first,
             ..waiter
-        };
-        match self.free_waiters.pop() {
-            Some(index) => {
-                self.waiters[index as usize] = waiter;
-                index
-            }
-            None => {
-                assert!(self.waiters.len() < NIL as usize);
-                self.waiters.push(waiter);
-                self.waiters.len() as u32 - 1
-            }
-        }
+        })
     }
 }
 

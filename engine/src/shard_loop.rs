@@ -247,6 +247,17 @@ impl ShardLoop {
                         record,
                     }),
                 },
+                LogEvent::Unreadable {
+                    segment,
+                    offset,
+                    rotten,
+                } => tracing::error!(
+                    shard = self.me.0,
+                    segment,
+                    offset,
+                    rotten,
+                    "a record of the log cannot be read"
+                ),
                 LogEvent::Poisoned => {
                     let cause = self.log.poisoned().map(ToString::to_string);
                     tracing::error!(

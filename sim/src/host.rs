@@ -75,7 +75,7 @@ impl Host {
         let mut effects = Effects::default();
         while let Some(event) = self.log.poll(now.mono_ns) {
             match event {
-                LogEvent::Durable => {}
+                LogEvent::Durable | LogEvent::Unreadable { .. } => {}
                 LogEvent::Read { ticket, record } => self.inbox.fetched.push(Fetched {
                     request: RequestId(ticket),
                     record,

@@ -241,6 +241,8 @@ fn planted() -> &'static str {
         "stale_token_accepted"
     } else if cfg!(pelton_planted = "credit_leak") {
         "credit_leak"
+    } else if cfg!(pelton_planted = "rot_accepted") {
+        "rot_accepted"
     } else {
         "no planted bug"
     }

@@ -13,7 +13,7 @@ pub enum Fault {
     Crash,
     /// The power fails within a turn: its effects are lost, its batch may be sealed.
     CrashInTurn,
-    /// A read of one log fails with EIO, or all reads do for a while.
+    /// A read of one log fails with EIO or brings wrong bytes, or all reads do for a while.
     ReadError,
     /// A flush of one log fails, which poisons it.
     FlushError,

@@ -313,7 +313,7 @@ impl World {
                     });
                     if self.hosts[shard].unreadable_until_ns > self.now_ns {
                         // Every try fails, and the record counts as lost for a while.
-                        self.hosts[shard].log.device().fail_next_read();
+                        self.spoil(shard);
                     }
                     self.hosts[shard].run_disk();
                     self.wake(shard, 2_000);
@@ -555,6 +555,16 @@ impl World {
         }
     }
 
+    /// The next read of a disk fails, or brings what nobody has written.
+    fn spoil(&mut self, shard: usize) {
+        let device = self.hosts[shard].log.device();
+        if self.random.one_in(2) {
+            device.fail_next_read();
+        } else {
+            device.spoil_next_read();
+        }
+    }
+
     fn breaks(&mut self, fault: Fault) {
         if !self.up || self.healing {
             return;
@@ -568,9 +578,7 @@ impl World {
         match fault {
             Fault::Crash => self.crash(),
             Fault::CrashInTurn => self.crash_in_turn = true,
-            Fault::ReadError if self.random.one_in(2) => {
-                self.hosts[shard].log.device().fail_next_read();
-            }
+            Fault::ReadError if self.random.one_in(2) => self.spoil(shard),
             Fault::ReadError => {
                 let span = self.around(5_000_000);
                 self.hosts[shard].unreadable_until_ns = self.now_ns + span;

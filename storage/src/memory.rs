@@ -55,7 +55,12 @@ enum Failing {
     Flush,
     NoSpace,
     Read,
+    /// A read succeeds and brings wrong bytes.
+    Rot,
 }
+
+/// Bits that a rotten read flips stand in bytes so far from each other, so that it strikes almost every record.
+const ROT_STRIDE_BYTES: usize = 64;
 
 /// The disk. Survives crashes; the log on it does not.
 #[derive(Debug)]
@@ -182,6 +187,11 @@ impl MemoryDevice {
         self.failing = Some(Failing::Read);
     }
 
+    /// The next read succeeds and brings wrong bytes, although the right ones stand on the disk.
+    pub fn spoil_next_read(&mut self) {
+        self.failing = Some(Failing::Rot);
+    }
+
     /// The next write into a new place finds no space.
     pub fn fail_next_for_space(&mut self) {
         self.failing = Some(Failing::NoSpace);
@@ -239,7 +249,7 @@ impl MemoryDevice {
                 self.failing = None;
                 return Err(error(DeviceErrorKind::NoSpace, "write: simulated ENOSPC"));
             }
-            Some(Failing::Flush | Failing::Read) | None => {}
+            Some(Failing::Flush | Failing::Read | Failing::Rot) | None => {}
         }
         let end = offset as usize + bytes.len();
         self.reserve(end.saturating_sub(self.data[file.0 as usize].bytes.len()))?;
@@ -322,6 +332,13 @@ impl Device for MemoryDevice {
                 let end = (start + bytes).min(data.len());
                 let mut block = Block::new(end - start);
                 block.copy_from_slice(&data[start..end]);
+                if self.failing == Some(Failing::Rot) {
+                    self.failing = None;
+                    let first = self.random.below(ROT_STRIDE_BYTES as u64) as usize;
+                    for byte in block.iter_mut().skip(first).step_by(ROT_STRIDE_BYTES) {
+                        *byte ^= 1 << self.random.below(8);
+                    }
+                }
                 Ok(Output::Bytes(block))
             }
             DeviceOp::Write { .. } | DeviceOp::Zero { .. } => {

@@ -8,7 +8,7 @@
 use pelton_core::{
     id::Lsn,
     limits::BATCH_BYTES_MAX,
-    record::{ClockRecordV1, Schema},
+    record::{ClockRecordV1, OutcomeRecordV1, Schema},
 };
 use pelton_storage::{
     format::BLOCK_BYTES,
@@ -113,7 +113,7 @@ impl Rig {
         while let Some(event) = log.poll(self.now_ns) {
             match event {
                 LogEvent::Durable => break,
-                LogEvent::Read { .. } => {}
+                LogEvent::Read { .. } | LogEvent::Unreadable { .. } => {}
                 LogEvent::Poisoned => panic!("the disk works"),
             }
         }
@@ -414,13 +414,139 @@ fn a_record_is_read_back_and_one_that_cannot_be_is_reported_lost() {
     for _ in 0..3 {
         log.device().fail_next_read();
         log.device().run_one();
-        let event = log.poll(rig.now_ns);
-        if let Some(LogEvent::Read { ticket, record }) = event {
-            assert_eq!((ticket, record), (8, None));
+        if let Some(event) = log.poll(rig.now_ns) {
+            let LogEvent::Unreadable {
+                segment: 1,
+                offset,
+                rotten: false,
+            } = event
+            else {
+                panic!("{event:?}");
+            };
+            assert_eq!(offset, position.0 % OPTIONS.segment_bytes);
+            let event = log.poll(rig.now_ns);
+            assert!(matches!(
+                event,
+                Some(LogEvent::Read {
+                    ticket: 8,
+                    record: None
+                })
+            ));
             return;
         }
     }
     panic!("three tries are enough");
+}
+
+/// Reads the record here, of which the caller thinks that it has so many bytes. `damage` is done to the disk before
+/// each of its reads.
+fn read_back(
+    rig: &mut Rig,
+    position: Lsn,
+    bytes: usize,
+    mut damage: impl FnMut(&mut MemoryDevice, u32),
+) -> (Option<Vec<u8>>, Vec<LogEvent>) {
+    let log = rig.log.as_mut().unwrap();
+    log.read(7, position, bytes);
+    log.start_reads();
+    let mut before = Vec::new();
+    for reads in 0.. {
+        damage(log.device(), reads);
+        assert!(log.device().run_one(), "a read is under way");
+        while let Some(event) = log.poll(rig.now_ns) {
+            if let LogEvent::Read { ticket: 7, record } = event {
+                return (record, before);
+            }
+            before.push(event);
+        }
+    }
+    unreachable!("a read ends");
+}
+
+#[test]
+fn a_record_that_rots_in_a_running_log_is_noticed_whichever_byte_it_is() {
+    let mut rig = Rig::new(9);
+    rig.append(100);
+    rig.settle();
+    let [position, next] = [77, 78].map(|record: usize| rig.appended[record].0);
+    let offset = (position.0 % OPTIONS.segment_bytes) as usize;
+    let (record, _) = read_back(&mut rig, position, 64, |_, _| {});
+    let bytes = record.unwrap().len();
+    for byte in (0..bytes).filter(|byte| !(12..16).contains(byte)) {
+        let failures = rig.log.as_ref().unwrap().stats().read_failures;
+        let device = rig.log.as_mut().unwrap().device();
+        device.rot("segment-000001.plt", offset + byte);
+        let (record, before) = read_back(&mut rig, position, 64, |_, _| {});
+        assert_eq!(record, None, "byte {byte}");
+        assert!(
+            matches!(before[..], [LogEvent::Unreadable { segment: 1, offset: at, rotten: true }] if at == offset as u64),
+            "{before:?}"
+        );
+        assert_eq!(
+            rig.log.as_ref().unwrap().stats().read_failures,
+            failures + 1
+        );
+        // Its neighbour is none the worse, although both are read in one piece.
+        let log = rig.log.as_mut().unwrap();
+        log.read(8, position, 64);
+        let (record, _) = read_back(&mut rig, next, 64, |_, _| {});
+        assert_eq!(record.unwrap().len(), bytes);
+        rig.settle();
+        let device = rig.log.as_mut().unwrap().device();
+        device.rot("segment-000001.plt", offset + byte);
+    }
+    let (record, before) = read_back(&mut rig, position, 64, |_, _| {});
+    assert!(record.is_some() && before.is_empty());
+}
+
+#[test]
+fn a_record_that_is_read_wrong_once_is_read_again() {
+    let mut rig = Rig::new(10);
+    rig.append(100);
+    rig.settle();
+    let position = rig.appended[50].0;
+    let offset = (position.0 % OPTIONS.segment_bytes) as usize + 20;
+    let (record, before) = read_back(&mut rig, position, 64, |device, reads| {
+        // Wrong for the first two reads and right for the third.
+        if reads == 0 || reads == 2 {
+            device.rot("segment-000001.plt", offset);
+        }
+    });
+    assert!(record.is_some() && before.is_empty());
+}
+
+#[test]
+fn a_record_is_read_whole_whatever_its_reader_thinks_of_its_length() {
+    let mut rig = Rig::new(11);
+    let payload = vec![5; 100_000];
+    let log = rig.log.as_mut().unwrap();
+    let (_, mut space) = log.batch();
+    let placed = space.append(
+        Schema::Outcome,
+        &OutcomeRecordV1 {
+            request: 1,
+            at_ms: 2,
+            due_ms: 3,
+            generation: 4,
+            attempt: 5,
+            state: 6,
+            retries: 7,
+            code: 8,
+            error: "",
+            output: &[],
+            result: &payload,
+        },
+    );
+    let (len, records) = (space.len, space.records);
+    log.filled(len, records);
+    log.seal();
+    rig.open = 0;
+    rig.settle();
+    for bytes in [1, 16, 1_000, 90_000, 200_000] {
+        let (record, before) = read_back(&mut rig, placed.lsn, bytes, |_, _| {});
+        assert_eq!(record.unwrap().len(), placed.bytes as usize);
+        assert!(before.is_empty());
+    }
 }
 
 #[test]

@@ -173,13 +173,30 @@ fn the_record_header_stands_where_the_document_says() {
     };
     let placed = space.append(Schema::Move, &record);
     assert_eq!(space.len % RECORD_ALIGN, 0);
+    let end = space.len;
+    let (lsn, key) = (Lsn(77 << 40), 99_u128 << 70);
+    seal_records(&mut buffer[..end], lsn, 1, key);
     let start = placed.offset as usize;
     let body = u128::from(placed.bytes) - RECORD_HEADER_BYTES as u128;
+    let written = &buffer[start..start + placed.bytes as usize];
+    let position = Lsn(lsn.0 + start as u64);
+    let covered = [
+        &key.to_le_bytes()[..],
+        &position.0.to_le_bytes(),
+        &written[..8],
+        &written[RECORD_HEADER_BYTES..],
+    ];
+    let crc = crc32c::crc32c(&covered.concat());
+    assert!(record_holds(written, position, key));
     check(
         &document(),
         "### Record header",
         &buffer[start..start + RECORD_HEADER_BYTES],
-        &[("body_bytes", body), ("schema", Schema::Move as u128)],
+        &[
+            ("body_bytes", body),
+            ("schema", Schema::Move as u128),
+            ("crc", u128::from(crc)),
+        ],
     );
 }
 

@@ -213,10 +213,6 @@ impl Shard {
             self.pending_names.is_empty() && self.deferred.is_empty(),
             "pending names and deferred questions"
         );
-        assert_eq!(
-            self.waiters.len(),
-            self.free_waiters.len(),
-            "callers that wait"
-        );
+        assert_eq!(self.waiters.live(), 0, "callers that wait");
     }
 }

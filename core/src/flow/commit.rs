@@ -229,22 +229,13 @@ impl Shard {
                     members: 0,
                     held: false,
                 };
-                let key = match self.free_keys.pop() {
-                    Some(key) => {
-                        self.keys[key as usize] = entry;
-                        key
-                    }
-                    None => {
-                        self.keys.push(entry);
-                        self.keys.len() as u32 - 1
-                    }
-                };
+                let key = self.keys.insert(entry);
                 self.keys_by_hash.insert(hash, key);
                 key
             }
         };
         self.tasks[slot].key = key;
-        self.keys[key as usize].members += 1;
+        self.keys[key].members += 1;
     }
 
     /// Puts a task that is in no list and may start into its lane, or behind its key.
@@ -258,11 +249,11 @@ impl Shard {
         task.set_state(State::Enqueued);
         let (function, key, head) = (task.function, task.key, task.has(FLAG_KEY_HEAD));
         if key != NIL && !head {
-            let entry = &mut self.keys[key as usize];
+            let entry = &mut self.keys[key];
             if entry.head != NIL || entry.held {
                 let mut successors = entry.successors;
                 self.tasks.push_back(&mut successors, slot);
-                self.keys[key as usize].successors = successors;
+                self.keys[key].successors = successors;
                 self.lanes[function.0 as usize].behind_keys += 1;
                 self.own_age(slot);
                 return;
@@ -292,9 +283,9 @@ impl Shard {
         match task.state() {
             State::Enqueued => {
                 if task.key != NIL && !task.has(FLAG_KEY_HEAD) {
-                    let mut successors = self.keys[task.key as usize].successors;
+                    let mut successors = self.keys[task.key].successors;
                     self.tasks.unlink(&mut successors, slot);
-                    self.keys[task.key as usize].successors = successors;
+                    self.keys[task.key].successors = successors;
                     self.lanes[function].behind_keys -= 1;
                 } else {
                     let mut waiting = self.lanes[function].waiting;
@@ -439,8 +430,8 @@ impl Shard {
         let attempts = self.tasks[slot].token().attempt;
         let mut at = core::mem::replace(&mut self.tasks[slot].waiter, NIL);
         while at != NIL {
-            let waiter = self.waiters[at as usize];
-            self.free_waiters.push(at);
+            let waiter = self.waiters[at];
+            self.waiters.remove(at);
             at = waiter.next;
             let edge = effects.edge(waiter.connection.edge());
             let (mut error, mut result) = (Span::default(), Span::default());
@@ -478,7 +469,7 @@ impl Shard {
         task.clear(FLAG_KEY_HEAD);
         let lane = &self.lanes[task.function.0 as usize];
         let hold = lane.live && lane.config.on_failure == crate::config::OnFailure::Hold;
-        let key = &mut self.keys[index as usize];
+        let key = &mut self.keys[index];
         key.members -= 1;
         if was_head {
             key.head = NIL;
@@ -486,7 +477,7 @@ impl Shard {
         }
         if key.members == 0 && !key.held {
             self.keys_by_hash.remove(key.hash);
-            self.free_keys.push(index);
+            self.keys.remove(index);
         } else if was_head && !key.held {
             self.advance_key(index);
         }
@@ -494,7 +485,7 @@ impl Shard {
 
     /// Makes the first successor the head of a key that has none.
     pub(crate) fn advance_key(&mut self, index: u32) {
-        let key = &mut self.keys[index as usize];
+        let key = &mut self.keys[index];
         let next = key.successors.head;
         if next == NIL {
             return;
@@ -502,7 +493,7 @@ impl Shard {
         let function = key.function;
         let mut successors = key.successors;
         self.tasks.unlink(&mut successors, next);
-        self.keys[index as usize].successors = successors;
+        self.keys[index].successors = successors;
         self.lanes[function.0 as usize].behind_keys -= 1;
         self.enqueue(next, false);
     }
@@ -514,7 +505,7 @@ impl Shard {
         if task.key == NIL || task.has(FLAG_KEY_HEAD) {
             return;
         }
-        let (index, function) = (task.key as usize, task.function.0 as usize);
+        let (index, function) = (task.key, task.function.0 as usize);
         let rival = core::mem::replace(&mut self.keys[index].head, slot);
         self.tasks[slot].set(FLAG_KEY_HEAD);
         if rival == NIL {

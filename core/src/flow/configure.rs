@@ -72,13 +72,13 @@ impl Shard {
     }
 
     fn let_go_held_keys(&mut self, function: FunctionId) {
-        for index in 0..self.keys.len() as u32 {
-            let key = &mut self.keys[index as usize];
+        for index in 0..self.keys.used() {
+            let key = &mut self.keys[index];
             if key.held && key.function == function {
                 key.held = false;
                 if key.members == 0 {
                     self.keys_by_hash.remove(key.hash);
-                    self.free_keys.push(index);
+                    self.keys.remove(index);
                 } else {
                     self.advance_key(index);
                 }

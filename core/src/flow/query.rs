@@ -207,7 +207,7 @@ impl Shard {
         let mut at = self.tasks[slot].waiter;
         while at != NIL {
             count += 1;
-            at = self.waiters[at as usize].next;
+            at = self.waiters[at].next;
         }
         if count >= WAITERS_PER_TASK {
             return Some(Reply::Refused {
@@ -334,7 +334,7 @@ impl Shard {
         for slot in 0..self.tasks.used() {
             let mut at = self.tasks.get(slot).map_or(NIL, |task| task.waiter);
             while at != NIL {
-                let waiter = self.waiters[at as usize];
+                let waiter = self.waiters[at];
                 if waiter.index == u32::MAX {
                     waiting.push((waiter.connection, waiter.ticket));
                 }

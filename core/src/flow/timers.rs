@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Timers of one kind that fire in one step.
-const FIRED_MAX: usize = 1024;
+const FIRED_MAX: usize = 256;
 
 impl Shard {
     pub(crate) fn timers(&mut self, space: &mut BatchSpace<'_>) {

@@ -3,6 +3,8 @@
 
 use alloc::vec::Vec;
 
+use crate::table::paged::PagedSlab;
+
 const PAGE_BYTES: usize = 64 << 10;
 
 #[derive(Debug, Default)]
@@ -25,8 +27,7 @@ pub struct BlobPool {
     free_pages: Vec<u32>,
     /// The page being filled, and its number.
     open: Option<u32>,
-    blobs: Vec<Blob>,
-    free_blobs: Vec<u32>,
+    blobs: PagedSlab<Blob>,
     bytes: usize,
 }
 
@@ -38,7 +39,7 @@ impl BlobPool {
 
     /// Blobs held.
     pub fn count(&self) -> usize {
-        self.blobs.len() - self.free_blobs.len()
+        self.blobs.live()
     }
 
     /// Copies `bytes` in and returns a handle.
@@ -71,28 +72,19 @@ impl BlobPool {
         target.bytes.extend_from_slice(bytes);
         target.live += 1;
         self.bytes += bytes.len();
-        match self.free_blobs.pop() {
-            Some(handle) => {
-                self.blobs[handle as usize] = blob;
-                handle
-            }
-            None => {
-                self.blobs.push(blob);
-                self.blobs.len() as u32 - 1
-            }
-        }
+        self.blobs.insert(blob)
     }
 
     /// The bytes behind a handle.
     pub fn get(&self, handle: u32) -> &[u8] {
-        let blob = self.blobs[handle as usize];
+        let blob = self.blobs[handle];
         &self.pages[blob.page as usize].bytes[blob.offset as usize..][..blob.len as usize]
     }
 
     /// Gives a handle back.
     pub fn remove(&mut self, handle: u32) {
-        let blob = core::mem::take(&mut self.blobs[handle as usize]);
-        self.free_blobs.push(handle);
+        let blob = core::mem::take(&mut self.blobs[handle]);
+        self.blobs.remove(handle);
         self.bytes -= blob.len as usize;
         self.pages[blob.page as usize].live -= 1;
         if self.open != Some(blob.page) {
