@@ -34,6 +34,8 @@ pub struct Rig {
     base: u64,
     in_flight: Option<(u64, Vec<u8>)>,
     pub out: EdgeBatch,
+    /// What other shards are to be told.
+    pub sent: Vec<(ShardId, Control)>,
     ticket: u64,
 }
 
@@ -60,6 +62,7 @@ impl Rig {
             base: 4096,
             in_flight: None,
             out: EdgeBatch::default(),
+            sent: Vec::new(),
             ticket: 0,
         }
     }
@@ -99,6 +102,7 @@ impl Rig {
         for edge in &mut effects.edges {
             self.out.absorb(edge);
         }
+        self.sent.append(&mut effects.shards);
         if effects.urgency != Urgency::Nothing && self.in_flight.is_none() {
             let bytes = self.open[..self.len].to_vec();
             self.in_flight = Some((self.base, bytes));
@@ -168,6 +172,7 @@ impl Rig {
             ..Inbox::default()
         };
         self.out = EdgeBatch::default();
+        self.sent.clear();
     }
 
     pub fn configure(&mut self, wish: Wish) {
@@ -276,13 +281,14 @@ impl Rig {
             .collect()
     }
 
-    pub fn outcome(
-        &mut self,
+    /// One outcome as its executor sends it.
+    pub fn outcome_of(
+        &self,
         request: RequestId,
         token: Token,
         verdict: Verdict,
         text: &str,
-    ) -> Result<(), Code> {
+    ) -> OutcomeBatch {
         let mut bytes = Vec::new();
         let span = stow(&mut bytes, text.as_bytes());
         let (error, result) = match verdict {
@@ -300,14 +306,24 @@ impl Rig {
             output: Span::default(),
             result,
         };
-        let batch = OutcomeBatch {
+        OutcomeBatch {
             connection: WORKER,
             ticket: 9,
             outcomes: vec![outcome],
             bytes,
             done: 0,
             refused: vec![],
-        };
+        }
+    }
+
+    pub fn outcome(
+        &mut self,
+        request: RequestId,
+        token: Token,
+        verdict: Verdict,
+        text: &str,
+    ) -> Result<(), Code> {
+        let batch = self.outcome_of(request, token, verdict, text);
         self.inbox.control.push_back(Control::Outcomes(batch));
         self.settle();
         let ack = self.out.acks.pop().expect("an outcome is confirmed");
