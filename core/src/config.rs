@@ -45,7 +45,7 @@ pub enum OnFailure {
 /// How a function's tasks are run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FunctionConfig {
-    /// Tasks that may be beyond `Enqueued` at once; 0 means no limit of its own.
+    /// Tasks that may be beyond `Enqueued` at once, over all shards; 0 means no limit of its own.
     pub concurrency: u32,
     /// Retries after the first attempt, 0..=8.
     pub retries: u8,

@@ -282,6 +282,43 @@ pub enum Control {
     Apply { version: u64, change: Change },
     /// A shard has logged a change; only shard 0 gets this.
     Applied { shard: ShardId, version: u64 },
+    /// Shards share the concurrency limits of functions: what one has to say to another in one turn.
+    Credits {
+        from: ShardId,
+        words: Vec<CreditWord>,
+    },
+}
+
+/// One word between a function's home shard and another one about the function's concurrency limit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CreditWord {
+    /// The function.
+    pub function: FunctionId,
+    /// What is said.
+    pub kind: CreditKind,
+    /// The count that it belongs to; a word of another count is not heard.
+    pub term: u64,
+    /// The limit that the sender knows.
+    pub limit: u32,
+    /// Credits; 0 for a question of the home.
+    pub count: u32,
+}
+
+/// What shards say about a concurrency limit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CreditKind {
+    /// The home counts: say what you hold.
+    Count,
+    /// A shard says what it holds.
+    Holds,
+    /// A shard wants credits.
+    Ask,
+    /// The home lends credits.
+    Lend,
+    /// The home wants credits back as they fall free.
+    Recall,
+    /// A shard gives credits back. What freed them is durable.
+    Return,
 }
 
 /// A record that was read back from the log.

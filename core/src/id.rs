@@ -204,6 +204,11 @@ pub fn place(tenant: &str, function: &str, discriminator: &str) -> CellId {
     CellId((hasher.digest() % u64::from(CELL_COUNT)) as u16)
 }
 
+/// The rule by which shards own cells: contiguous, even ranges. It is part of what `MANIFEST` records.
+pub fn shard_of(cell: CellId, shards: u16) -> ShardId {
+    ShardId((u32::from(cell.0) * u32::from(shards) / u32::from(CELL_COUNT)) as u16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -17,7 +17,11 @@ use crate::{
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
     limits::{DEDUP_WINDOW_MS, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT},
     record::BatchSpace,
-    schedule::{pool::Pool, robin::Robin},
+    schedule::{
+        ledger::{Ledger, Share},
+        pool::Pool,
+        robin::Robin,
+    },
     state::State,
     table::{
         blob::BlobPool,
@@ -153,6 +157,8 @@ pub(crate) struct Lane {
     pub(crate) unsettled: u32,
     /// Tasks beyond `Enqueued`.
     pub(crate) in_flight: u32,
+    /// What this shard holds of the function's concurrency limit, where it has one and there are other shards.
+    pub(crate) share: Share,
     /// Slots that nobody uses, over all bindings, and how many of them are promised to tasks being read.
     pub(crate) free_slots: u32,
     pub(crate) promised: u32,
@@ -319,6 +325,25 @@ pub struct Shard {
     pub(crate) dump: Option<(u64, usize)>,
     pub(crate) counters: Counters,
     pub(crate) times: Times,
+
+    // Volatile state of concurrency limits; empty where there is one shard.
+    /// Functions whose home is here and that have a limit.
+    pub(crate) ledgers: BTreeMap<FunctionId, Ledger>,
+    /// The count that the next ledger begins with; the first one is that of the start.
+    pub(crate) next_term: u64,
+    /// When a ledger stops waiting for reports: time, function, count.
+    pub(crate) counting: BTreeSet<(u64, FunctionId, u64)>,
+    /// Counts that a home has begun before this shard knew of the limit.
+    pub(crate) counted_early: BTreeMap<FunctionId, u64>,
+    /// When idle credits are looked at, by monotonic time.
+    pub(crate) idle_credits: BTreeSet<(u64, FunctionId)>,
+    /// Lanes that want credits, asked for at the end of the step.
+    pub(crate) wanting: Vec<FunctionId>,
+    /// Functions whose credits the home wants back.
+    pub(crate) recalled: Vec<FunctionId>,
+    /// What is said at the end of the step, and what waits for what was appended by then.
+    pub(crate) outgoing: Vec<(ShardId, Control)>,
+    pub(crate) returning: Vec<(ShardId, Control)>,
 }
 
 impl Shard {
@@ -373,6 +398,15 @@ impl Shard {
             dump: None,
             counters: Counters::default(),
             times: Times::default(),
+            ledgers: BTreeMap::new(),
+            next_term: 1,
+            counting: BTreeSet::new(),
+            counted_early: BTreeMap::new(),
+            idle_credits: BTreeSet::new(),
+            wanting: Vec::new(),
+            recalled: Vec::new(),
+            outgoing: Vec::new(),
+            returning: Vec::new(),
         }
     }
 
@@ -406,6 +440,10 @@ impl Shard {
         self.control(inbox, space, effects);
         self.submits(inbox, space, effects);
         self.receive(space, effects);
+        while self.ask_for_credits() {
+            self.receive(space, effects);
+        }
+        effects.shards.append(&mut self.outgoing);
         self.carry_wishes(effects);
         self.carry_config(space);
         self.note_appended();
@@ -477,6 +515,8 @@ impl Shard {
             (self.orphans.count > 0).then_some(self.orphans_end_ns),
             (!self.deferred.is_empty() && self.sealed.is_empty()).then_some(self.now.mono_ns),
             (!self.doomed.is_empty()).then_some(self.now.mono_ns + 1_000_000),
+            self.counting.first().map(|entry| entry.0),
+            self.idle_credits.first().map(|entry| entry.0),
         ];
         let logged = [
             self.due.first().map(|entry| entry.0),
@@ -540,6 +580,7 @@ impl Shard {
                 behind_keys: 0,
                 unsettled: 0,
                 in_flight: 0,
+                share: Share::default(),
                 free_slots: 0,
                 promised: 0,
                 bindings: VecDeque::new(),

@@ -1278,30 +1278,3 @@ fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
         assert_eq!(rig.executes().len(), sent);
     }
 }
-
-#[test]
-fn a_concurrency_that_would_leave_a_shard_without_a_part_is_refused() {
-    let mut rig = Rig::new(Options {
-        shards: 2,
-        ..Options::default()
-    });
-    rig.inbox.control.push_back(Control::Configure {
-        connection: CALLER,
-        ticket: 1,
-        wish: Wish::SetFunction {
-            tenant: "acme".into(),
-            name: "one".into(),
-            config: FunctionConfig {
-                concurrency: 1,
-                ..FunctionConfig::default()
-            },
-        },
-    });
-    rig.settle();
-    let (_, _, reply) = rig.out.replies.pop().expect("a wish is answered");
-    let Reply::Refused { code, what } = reply else {
-        panic!("{reply:?}");
-    };
-    assert_eq!(code, Code::FailedPrecondition);
-    assert!(what.contains("number of shards"));
-}

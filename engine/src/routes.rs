@@ -8,8 +8,7 @@ use std::sync::atomic::Ordering::*;
 use crossbeam::epoch::{self, Atomic, Owned};
 use pelton_core::{
     config::{Change, Directory, Function},
-    id::{CellId, FunctionId, ShardId, TenantId, place},
-    limits::CELL_COUNT,
+    id::{CellId, FunctionId, ShardId, TenantId, place, shard_of},
 };
 
 /// One immutable version of the routing table.
@@ -64,11 +63,6 @@ impl Routes {
         let tenant = tenant.map_or("", |tenant| tenant.name.as_str());
         place(tenant, &function.name, discriminator)
     }
-}
-
-/// The rule: cells in contiguous, even ranges. It is part of what `MANIFEST` records.
-pub fn shard_of(cell: CellId, shards: u16) -> ShardId {
-    ShardId((u32::from(cell.0) * u32::from(shards) / u32::from(CELL_COUNT)) as u16)
 }
 
 /// The pointer to the current version.
@@ -130,7 +124,7 @@ impl Drop for RoutePointer {
 mod tests {
     use std::{sync::Arc, thread};
 
-    use pelton_core::config::TenantConfig;
+    use pelton_core::{config::TenantConfig, limits::CELL_COUNT};
 
     use super::*;
 

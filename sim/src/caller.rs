@@ -119,9 +119,9 @@ pub(crate) struct Question {
 
 /// A function's configuration, drawn.
 pub(crate) fn draw_config(plan: &Plan, random: &mut Random) -> FunctionConfig {
-    // A limit is split over the shards in fixed parts, so one below their number starves some of them.
-    let concurrency = if random.one_in(3) {
-        u32::from(plan.shards) * (1 + random.below(4) as u32)
+    // Often fewer than there are shards.
+    let concurrency = if random.one_in(2) {
+        1 + random.below(u64::from(plan.shards) * 2) as u32
     } else {
         0
     };

@@ -67,6 +67,7 @@ struct Total {
     duplicates: u64,
     refused: u64,
     stale: u64,
+    limited: u64,
     crashes: u64,
     torn: u64,
     poisoned: u64,
@@ -93,6 +94,7 @@ impl Total {
         self.duplicates += tally.duplicates;
         self.refused += tally.refused;
         self.stale += tally.stale;
+        self.limited += tally.limited;
         self.crashes += counts.crashes;
         self.torn += counts.torn;
         self.poisoned += counts.poisoned;
@@ -243,6 +245,8 @@ fn planted() -> &'static str {
         "credit_leak"
     } else if cfg!(pelton_planted = "rot_accepted") {
         "rot_accepted"
+    } else if cfg!(pelton_planted = "lends_before_reports") {
+        "lends_before_reports"
     } else {
         "no planted bug"
     }
@@ -261,6 +265,7 @@ fn print_table(total: &Total, took: Duration) {
         ("duplicates answered", total.duplicates),
         ("submits refused", total.refused),
         ("stale outcomes refused", total.stale),
+        ("leases held against a limit", total.limited),
         ("crashes", total.crashes),
         ("torn tails", total.torn),
         ("poisoned logs", total.poisoned),
@@ -321,7 +326,7 @@ fn print_json(total: &Total, took: Duration) {
         .collect();
     println!(
         "{{\"planted\":\"{}\",\"seeds\":{},\"run_twice\":{},\"differing\":{:?},\"violations\":[{}],\"tasks\":{},\
-         \"executed\":{},\"ended\":{},\"duplicates\":{},\"refused\":{},\"stale\":{},\"crashes\":{},\"torn_tails\":{},\
+         \"executed\":{},\"ended\":{},\"duplicates\":{},\"refused\":{},\"stale\":{},\"limited\":{},\"crashes\":{},\"torn_tails\":{},\
          \"poisoned\":{},\"recycled\":{},\"retired\":{},\"read_failures\":{},\"turns\":{},\"events\":{},\"faults\":{{{}}},\"pairs_met\":{},\
          \"seconds\":{:.3}}}",
         planted(),
@@ -335,6 +340,7 @@ fn print_json(total: &Total, took: Duration) {
         total.duplicates,
         total.refused,
         total.stale,
+        total.limited,
         total.crashes,
         total.torn,
         total.poisoned,

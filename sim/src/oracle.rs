@@ -139,6 +139,9 @@ struct Disk {
     replayed_last: Lsn,
     /// Tasks of this shard that have not ended.
     unfinished: BTreeSet<RequestId>,
+    /// Batches that became durable, and each function's concurrency with the number of the batch that set it.
+    batches: u64,
+    limits: BTreeMap<FunctionId, (u32, u64)>,
 }
 
 /// What is counted for the table at the end.
@@ -156,6 +159,8 @@ pub struct Tally {
     pub refused: u64,
     /// Outcomes refused as stale.
     pub stale: u64,
+    /// Leases that were held against their function's concurrency.
+    pub limited: u64,
     /// Which events met which states: a bit for each event by state.
     pub met: [u32; 13],
 }
@@ -187,6 +192,10 @@ pub struct Oracle {
     ended: BTreeMap<(RequestId, Token), bool>,
     /// Attempts that may have been given back in memory.
     released: BTreeSet<(RequestId, Token)>,
+    /// Leased tasks as the disks know them.
+    running: BTreeMap<FunctionId, BTreeSet<RequestId>>,
+    /// Attempts that run nowhere, or that their shard may have given back, although the disk does not say so.
+    over: BTreeSet<(RequestId, Token)>,
 }
 
 impl Oracle {
@@ -223,6 +232,7 @@ impl Oracle {
         if bytes.len() == BATCH_HEADER_BYTES {
             return Ok(());
         }
+        self.disks[shard].batches += 1;
         let header = BatchHeader::peek(bytes).expect("a durable batch has a header");
         let mut result = Ok(());
         let walked = records(bytes, header.records, |at, schema, body| {
@@ -377,6 +387,7 @@ impl Oracle {
                     _ => self.met(from, Event::Lease),
                 }
                 self.check_key(request, false)?;
+                self.check_limit(shard, request)?;
             }
             Record::Outcome(outcome) => {
                 let request = RequestId(outcome.request.to_native());
@@ -419,6 +430,9 @@ impl Oracle {
                 )?;
                 let from = task.state;
                 task.state = state;
+                let function = task.function;
+                self.running.entry(function).or_default().remove(&request);
+                let task = self.task(request)?;
                 if state == State::Retrying {
                     task.due_ms = outcome.due_ms.to_native();
                     require(task.due_ms >= at_ms, "backoff_goes_forward", || {
@@ -517,9 +531,17 @@ impl Oracle {
                         self.tenants.insert(id, name);
                     }
                     Change::Function {
-                        id, tenant, name, ..
+                        id,
+                        tenant,
+                        name,
+                        config,
                     } => {
                         self.functions.insert(id, (tenant, name));
+                        let disk = &mut self.disks[shard];
+                        let before = disk.limits.get(&id).map(|&(limit, _)| limit);
+                        if before != Some(config.concurrency) {
+                            disk.limits.insert(id, (config.concurrency, disk.batches));
+                        }
                     }
                     Change::FunctionRemoved { .. } => {}
                 }
@@ -549,6 +571,10 @@ impl Oracle {
         {
             members.remove(&request);
         }
+        self.running
+            .entry(task.function)
+            .or_default()
+            .remove(&request);
         self.disks[shard].unfinished.remove(&request);
         self.tally.ended += 1;
     }
@@ -589,6 +615,46 @@ impl Oracle {
         Ok(())
     }
 
+    /// A task was leased: with it, no more of its function may run than the concurrency that every shard has logged.
+    /// The batch that was open when a shard took the limit over may hold leases from before.
+    fn check_limit(&mut self, shard: usize, request: RequestId) -> Check {
+        let function = self.tasks[&request].function;
+        let running = self.running.entry(function).or_default();
+        running.insert(request);
+        let disk = &self.disks[shard];
+        let Some(&(limit, batch)) = disk.limits.get(&function) else {
+            return Ok(());
+        };
+        let agreed = self.disks.iter().all(|other| {
+            let known = other.limits.get(&function);
+            known.is_some_and(|&(other, _)| other == limit)
+        });
+        if limit == 0 || !agreed || disk.batches < batch + 2 || disk.replayed.is_some() {
+            return Ok(());
+        }
+        let (tasks, over) = (&self.tasks, &self.over);
+        let count = running
+            .iter()
+            .filter(|&&other| !over.contains(&(other, tasks[&other].token)))
+            .count();
+        self.tally.limited += 1;
+        require(
+            count <= limit as usize,
+            "concurrency_is_never_exceeded",
+            || {
+                format!(
+                    "shard {shard}: with {request}, {count} tasks of function {} run, its limit is {limit}",
+                    function.0
+                )
+            },
+        )
+    }
+
+    /// An attempt runs nowhere any more, or nobody knows of it, and no record says so.
+    pub fn over(&mut self, request: RequestId, token: Token) {
+        self.over.insert((request, token));
+    }
+
     /// A recovery of a shard begins.
     pub fn recovery_begins(&mut self, shard: usize) {
         self.disks[shard].replayed = Some(BTreeSet::new());
@@ -621,6 +687,7 @@ impl Oracle {
     /// The process is gone, and with it what was only in its memory: leases that were given back are leases again.
     pub fn crashed(&mut self) {
         self.released.clear();
+        self.over.clear();
         self.ended.retain(|_, logged| *logged);
     }
 
@@ -803,6 +870,7 @@ impl Oracle {
     /// An executor comes back without this lease: the shard may give it to another one.
     pub fn not_presented(&mut self, request: RequestId, token: Token) {
         self.released.insert((request, token));
+        self.over.insert((request, token));
     }
 
     /// The end of a task is told to a caller of `tenant`.

@@ -252,6 +252,7 @@ impl World {
         );
         self.oracle.execute_leaves(execute, bytes)?;
         let Some(worker) = self.worker_of(connection) else {
+            self.oracle.over(request, token);
             return Ok(());
         };
         let function = self.oracle.tasks[&request].function;
@@ -460,6 +461,11 @@ impl World {
             &[32, worker as u64, shard as u64, ticket],
             || format!("executor {worker} sends shard {shard} frame {ticket}: {outcomes:?}"),
         );
+        for &(request, token, verdict) in &outcomes {
+            if matches!(verdict, Verdict::Throttled { .. } | Verdict::Rejected) {
+                self.oracle.over(request, token);
+            }
+        }
         self.sendings
             .insert((connection, ticket), Sending { outcomes });
         self.tell(

@@ -7,7 +7,7 @@ use pelton_core::{
     clock::{LoggedClock, Now},
     config::{Change, Directory, FunctionConfig, OnFailure, TenantConfig, Wish},
     event::{Answer, Control, EdgeBatch, Effects, Finished, OutcomeAck, Reply},
-    id::{CellId, ConnectionId, EdgeId, RequestId, ShardId, TenantId, Token},
+    id::{CellId, ConnectionId, EdgeId, RequestId, ShardId, TenantId, Token, shard_of},
     limits::BATCH_BYTES_MAX,
     shard::{Options, Shard},
 };
@@ -533,7 +533,7 @@ impl World {
 
     /// The shard of a cell.
     pub(crate) fn shard_of(&self, cell: CellId) -> usize {
-        usize::from(cell.0 % self.plan.shards)
+        usize::from(shard_of(cell, self.plan.shards).0)
     }
 
     /// A new connection on one of the edges.
@@ -787,6 +787,7 @@ impl World {
                     && host.at_edges.is_empty()
                     && host.log.open_records() == 0
                     && host.log.can_seal()
+                    && host.shard.credits_out() == 0
             })
     }
 
@@ -795,10 +796,14 @@ impl World {
         let callers = self.callers.iter().filter(|caller| !caller.idle());
         let workers = self.workers.iter().filter(|worker| !worker.idle());
         format!(
-            "callers {:?}, executors {:?}, administrator idle: {}",
+            "callers {:?}, executors {:?}, administrator idle: {}, credits out: {:?}",
             callers.collect::<Vec<_>>(),
             workers.collect::<Vec<_>>(),
-            self.administrator.idle()
+            self.administrator.idle(),
+            self.hosts
+                .iter()
+                .map(|host| host.shard.credits_out())
+                .collect::<Vec<_>>()
         )
     }
 
@@ -828,7 +833,6 @@ impl World {
 /// The configuration that a function has when everything is well.
 pub(crate) fn healed(config: &FunctionConfig) -> FunctionConfig {
     FunctionConfig {
-        concurrency: 0,
         on_failure: OnFailure::Continue,
         paused: false,
         ..*config

@@ -539,7 +539,7 @@ fn a_record_is_read_whole_whatever_its_reader_thinks_of_its_length() {
     );
     let (len, records) = (space.len, space.records);
     log.filled(len, records);
-    log.seal();
+    log.seal(false);
     rig.open = 0;
     rig.settle();
     for bytes in [1, 16, 1_000, 90_000, 200_000] {

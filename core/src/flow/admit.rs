@@ -383,7 +383,11 @@ impl Shard {
     /// A slot and a credit for a task that would be alone in its lane, taken; `None` if it has to queue.
     fn binding_at_once(&mut self, function: FunctionId) -> Option<u32> {
         let lane = &self.lanes[function.0 as usize];
-        if lane.waiting.count + lane.unsettled > 0 || !self.may_start(function) {
+        if lane.waiting.count + lane.unsettled > 0 || !self.could_start(function) {
+            return None;
+        }
+        if !self.has_share(function) {
+            self.want_share(function);
             return None;
         }
         let queue = lane.tenant.0 as usize;
@@ -392,8 +396,8 @@ impl Shard {
         }
         let binding = self
             .use_slot(function)
-            .expect("`may_start` has seen a free slot");
-        self.lanes[function.0 as usize].in_flight += 1;
+            .expect("`could_start` has seen a free slot");
+        self.take_share(function);
         Some(binding)
     }
 }

@@ -166,7 +166,9 @@ impl Shard {
             references, expected,
             "segments are kept for what refers to them"
         );
+        self.audit_credits();
     }
+
     /// Panics unless nothing is held: no task waits or runs, and every slot, credit, read and byte has come back. For a
     /// shard whose tasks have all ended and whose executors have all answered.
     pub fn audit_rest(&self) {
@@ -214,5 +216,6 @@ impl Shard {
             "pending names and deferred questions"
         );
         assert_eq!(self.waiters.live(), 0, "callers that wait");
+        self.audit_credits_at_rest();
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::{
     error::Code,
-    event::{Durable, Effects, Finished, Span, stow},
+    event::{Control, Durable, Effects, Finished, Span, stow},
     id::{FunctionId, Lsn},
     record::{Record, read_whole},
     schedule::pool::Signal,
@@ -38,7 +38,14 @@ impl Shard {
         for (index, edge) in pending.edges.edges.iter_mut().enumerate() {
             effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
         }
-        effects.shards.append(&mut pending.edges.shards);
+        for (to, control) in pending.edges.shards.drain(..) {
+            match control {
+                Control::Credits { from, words } if to == self.options.shard => {
+                    self.hear_credits(from, &words);
+                }
+                control => effects.shards.push((to, control)),
+            }
+        }
         self.spare.push(pending);
         self.after_commit();
     }

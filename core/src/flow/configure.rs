@@ -3,8 +3,7 @@
 use alloc::{boxed::Box, vec::Vec};
 
 use crate::{
-    config::{Change, ConfigRefusal, OnFailure, Wish},
-    error::Code,
+    config::{Change, OnFailure},
     event::{Control, Effects, Reply, Urgency},
     id::{FunctionId, ShardId},
     limits::NAME_BYTES_MAX,
@@ -52,8 +51,10 @@ impl Shard {
             } => {
                 let lane = self.lane_mut(id, tenant);
                 lane.tenant = tenant;
+                let limit = lane.config.concurrency;
                 lane.config = config;
                 lane.live = true;
+                self.limit_changed(id, limit, config.concurrency);
                 if config.on_failure == OnFailure::Continue {
                     self.let_go_held_keys(id);
                 }
@@ -62,6 +63,8 @@ impl Shard {
             Change::FunctionRemoved { id } => {
                 if let Some(lane) = self.lanes.get_mut(id.0 as usize) {
                     lane.live = false;
+                    let limit = lane.config.concurrency;
+                    self.limit_changed(id, limit, 0);
                     self.let_go_held_keys(id);
                     if !self.replaying {
                         self.doom(id);
@@ -116,7 +119,7 @@ impl Shard {
             if space.room() < 2 * record_bytes(NAME_BYTES_MAX) {
                 return;
             }
-            let planned = self.divides(wish).and_then(|()| self.directory.plan(wish));
+            let planned = self.directory.plan(wish);
             self.wishes.pop_front();
             let refusal = match planned {
                 Ok(changes) if !changes.is_empty() => {
@@ -154,26 +157,6 @@ impl Shard {
             self.note(Urgency::Soon);
         }
         self.carry_config_forward(space);
-    }
-
-    /// A limit is split over the shards: one that leaves some without a part would leave their tasks waiting for ever.
-    fn divides(&self, wish: &Wish) -> Result<(), ConfigRefusal> {
-        match wish {
-            Wish::SetFunction { config, .. }
-                if (1..u32::from(self.options.shards)).contains(&config.concurrency) =>
-            {
-                Err(ConfigRefusal {
-                    code: Code::FailedPrecondition,
-                    what: "concurrency is 0 (no limit) or at least the number of shards; an ordering key runs one task \
-                           at a time, and `serve --shards 1` on a new data directory allows any limit",
-                })
-            }
-            Wish::SetFunction { .. }
-            | Wish::SetTenant { .. }
-            | Wish::EnsureTenant { .. }
-            | Wish::EnsureFunction { .. }
-            | Wish::RemoveFunction { .. } => Ok(()),
-        }
     }
 
     /// Another shard has logged a change. One that is not of the wish being carried out was sent to a shard that was

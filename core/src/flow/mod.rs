@@ -6,6 +6,7 @@ mod audit;
 mod commit;
 mod complete;
 mod configure;
+mod credits;
 mod invoke;
 mod query;
 mod receive;

@@ -122,6 +122,7 @@ impl Shard {
                 return self.append_change(version, change, space);
             }
             Control::Applied { version, .. } => self.change_reported(version),
+            Control::Credits { from, words } => self.hear_credits(from, &words),
         }
         None
     }
@@ -401,7 +402,8 @@ impl Shard {
                 | Control::SessionLost { .. }
                 | Control::SessionClosed { .. }
                 | Control::Apply { .. }
-                | Control::Applied { .. } => {}
+                | Control::Applied { .. }
+                | Control::Credits { .. } => {}
             }
         }
     }

@@ -25,6 +25,7 @@ impl Shard {
             if self.lanes[lane as usize].waiting.head == NIL || !self.may_start(function) {
                 self.robin.drop_front_lane();
                 self.lanes[lane as usize].in_ring = false;
+                self.wake_lane(function); // It asks for what it lacks.
                 continue;
             }
             if !self.has_room(256, space) {
@@ -64,13 +65,13 @@ impl Shard {
         self.tasks.unlink(&mut waiting, slot);
         let lane = &mut self.lanes[task.function.0 as usize];
         lane.waiting = waiting;
-        lane.in_flight += 1;
         lane.promised += 1;
         self.queues[lane.tenant.0 as usize].waiting -= 1;
         let now_us = self.now.mono_us();
         self.times
             .note(Part::Queued, now_us.saturating_sub(task.at), 1);
         self.tasks[slot].at = now_us;
+        self.take_share(task.function);
         self.tasks[slot].set_state(State::Dequeued);
         if task.holder != NIL {
             self.invoke(slot, space);
@@ -136,10 +137,13 @@ impl Shard {
                     let blob = self.blobs.put(record);
                     self.tasks[slot].holder = blob;
                     // A stop on its way to the disk ends it there; it is not started any more.
-                    if self.tasks[slot].state() == State::Dequeued
-                        && !self.tasks[slot].has(FLAG_BUSY)
-                    {
-                        self.invoke(slot, space);
+                    let task = &self.tasks[slot];
+                    if task.state() == State::Dequeued && !task.has(FLAG_BUSY) {
+                        if self.limit_fell(task.function) {
+                            self.put_back(slot);
+                        } else {
+                            self.invoke(slot, space);
+                        }
                     }
                 }
                 None if self.tasks[slot].state() == State::Dequeued
@@ -165,33 +169,33 @@ impl Shard {
         self.enqueue(slot, true);
     }
 
-    /// True if the lane's function could start one more task, credit aside.
+    /// True if the lane's function could start one more task, the pool's credit aside.
     pub(crate) fn may_start(&self, function: FunctionId) -> bool {
+        self.could_start(function) && self.has_share(function)
+    }
+
+    /// True if nothing but credit keeps the lane's function from starting one more task.
+    pub(crate) fn could_start(&self, function: FunctionId) -> bool {
         let lane = &self.lanes[function.0 as usize];
-        let limit = self.concurrency_here(lane.config.concurrency);
         lane.live
             && !lane.config.paused
             && lane.free_slots > lane.promised
             && lane.parked_until_ns <= self.now.mono_ns
-            && lane.in_flight < limit
     }
 
-    /// This shard's part of a function's concurrency. Parts are fixed and add up to the limit, so it is never exceeded.
-    fn concurrency_here(&self, concurrency: u32) -> u32 {
-        if concurrency == 0 {
-            return u32::MAX;
-        }
-        let shards = u32::from(self.options.shards);
-        let extra = u32::from(u32::from(self.options.shard.0) < concurrency % shards);
-        concurrency / shards + extra
-    }
-
-    /// Puts a lane into the ring if it can start something and is not there.
+    /// Puts a lane into the ring if it can start something and is not there. Where its concurrency limit alone keeps it
+    /// from that, it is going to ask for credits.
     pub(crate) fn wake_lane(&mut self, function: FunctionId) {
         let lane = &self.lanes[function.0 as usize];
-        if lane.in_ring || lane.waiting.head == NIL || self.replaying || !self.may_start(function) {
+        if lane.in_ring || lane.waiting.head == NIL || self.replaying || !self.could_start(function)
+        {
             return;
         }
+        if !self.has_share(function) {
+            self.want_share(function);
+            return;
+        }
+        let lane = &self.lanes[function.0 as usize];
         let tenant = lane.tenant.0;
         self.lanes[function.0 as usize].in_ring = true;
         self.robin.add(tenant, function.0);
@@ -222,6 +226,9 @@ impl Shard {
         let lane = &mut self.lanes[function.0 as usize];
         lane.in_flight -= 1;
         let tenant = lane.tenant.0;
+        if lane.share.term != 0 {
+            self.free_share(function);
+        }
         let queue = &mut self.queues[tenant as usize];
         queue.pool.give();
         if ran {

@@ -134,5 +134,6 @@ impl Shard {
                 self.doom(FunctionId(function));
             }
         }
+        self.count_at_start();
     }
 }

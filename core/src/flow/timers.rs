@@ -24,6 +24,8 @@ impl Shard {
         self.lost_executors(space);
         self.lost_orphans(space);
         self.doomed_lanes(space);
+        self.silent_shards();
+        self.idle_shares();
     }
 
     fn due_tasks(&mut self) {

@@ -39,6 +39,8 @@ pub struct Rig {
     pub times: Vec<(Part, u64)>,
     /// What executors say of how long attempts ran.
     pub run_us: u32,
+    /// What other shards are to be told.
+    pub sent: Vec<(ShardId, Control)>,
     ticket: u64,
 }
 
@@ -67,6 +69,7 @@ impl Rig {
             out: EdgeBatch::default(),
             times: Vec::new(),
             run_us: 0,
+            sent: Vec::new(),
             ticket: 0,
         }
     }
@@ -112,6 +115,7 @@ impl Rig {
         for edge in &mut effects.edges {
             self.out.absorb(edge);
         }
+        self.sent.append(&mut effects.shards);
         if effects.urgency != Urgency::Nothing && self.in_flight.is_none() {
             let bytes = self.open[..self.len].to_vec();
             self.in_flight = Some((self.base, bytes));
@@ -181,6 +185,7 @@ impl Rig {
             ..Inbox::default()
         };
         self.out = EdgeBatch::default();
+        self.sent.clear();
     }
 
     pub fn configure(&mut self, wish: Wish) {
@@ -324,20 +329,14 @@ impl Rig {
             .collect()
     }
 
-    pub fn outcome(
-        &mut self,
+    /// One outcome as its executor sends it.
+    pub fn outcome_of(
+        &self,
         request: RequestId,
         token: Token,
         verdict: Verdict,
         text: &str,
-    ) -> Result<(), Code> {
-        self.post_outcome(request, token, verdict, text);
-        self.settle();
-        let ack = self.out.acks.pop().expect("an outcome is confirmed");
-        ack.refused.first().map_or(Ok(()), |&(_, code)| Err(code))
-    }
-
-    pub fn post_outcome(&mut self, request: RequestId, token: Token, verdict: Verdict, text: &str) {
+    ) -> OutcomeBatch {
         let mut bytes = Vec::new();
         let span = stow(&mut bytes, text.as_bytes());
         let (error, result) = match verdict {
@@ -356,14 +355,31 @@ impl Rig {
             output: Span::default(),
             result,
         };
-        let batch = OutcomeBatch {
+        OutcomeBatch {
             connection: WORKER,
             ticket: 9,
             outcomes: vec![outcome],
             bytes,
             done: 0,
             refused: vec![],
-        };
+        }
+    }
+
+    pub fn outcome(
+        &mut self,
+        request: RequestId,
+        token: Token,
+        verdict: Verdict,
+        text: &str,
+    ) -> Result<(), Code> {
+        self.post_outcome(request, token, verdict, text);
+        self.settle();
+        let ack = self.out.acks.pop().expect("an outcome is confirmed");
+        ack.refused.first().map_or(Ok(()), |&(_, code)| Err(code))
+    }
+
+    pub fn post_outcome(&mut self, request: RequestId, token: Token, verdict: Verdict, text: &str) {
+        let batch = self.outcome_of(request, token, verdict, text);
         self.inbox.control.push_back(Control::Outcomes(batch));
     }
 
