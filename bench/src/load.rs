@@ -3,6 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    os::fd::OwnedFd,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -13,6 +14,11 @@ use pelton_client::{
     pipeline::{self, Event},
 };
 use pelton_net::submit::{Durability, SUBMIT_NOTIFY, SubmitTask};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+use tokio::{io::AsyncReadExt, net::unix::pipe};
 
 /// What a run of clients is told.
 #[derive(Clone, Debug)]
@@ -276,8 +282,8 @@ pub(crate) async fn open(
     let counted = Rc::new(RefCell::new(Counted::new()));
     let mut senders = Vec::new();
     let mut receivers = Vec::new();
+    let options = options.tenant(tenant_name(0)).socket(&SharedSocket::new());
     for _ in 0..connections {
-        let options = options.clone().tenant(tenant_name(0));
         let (sender, mut receiver) = pipeline::connect(&options).await?;
         senders.push(sender);
         let counted = Rc::clone(&counted);
@@ -298,7 +304,7 @@ pub(crate) async fn open(
     let start = now_ns();
     let interval = 1_000_000_000 / rate.max(1);
     let total = (time.as_secs_f64() * rate as f64) as u64;
-    let pacer = Pacer::new().map_err(|error| Error::Unreachable(error.to_string()))?;
+    let mut pacer = Pacer::new().map_err(|error| Error::Unreachable(error.to_string()))?;
     let mut sent = 0;
     let mut dirty = vec![false; connections];
     while sent < total {
@@ -318,7 +324,10 @@ pub(crate) async fn open(
             }
         }
         if sent < total {
-            pacer.wait_until(start + sent * interval).await;
+            pacer
+                .wait_until(start + sent * interval)
+                .await
+                .map_err(|error| Error::Unreachable(error.to_string()))?;
         }
     }
     let waited = Instant::now();
@@ -347,34 +356,40 @@ pub(crate) fn now_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Wakes at nanoseconds, where the runtime's own timers know milliseconds only: a thread sleeps.
+/// Wakes at nanoseconds, where the runtime's own timers know milliseconds only: a timer of the system's that the
+/// runtime waits for as it does for packets. A thread that sleeps would wake late by the system's slack and by the
+/// hand-over to this one, which would count as the server's.
 struct Pacer {
-    until: std::sync::mpsc::Sender<u64>,
-    rung: std::sync::Arc<tokio::sync::Notify>,
+    timer: OwnedFd,
+    /// The same timer for the runtime, which knows no timers of this kind; what it does with the reading end of a pipe,
+    /// waiting for it and reading from it, is all that this one needs.
+    expired: pipe::Receiver,
 }
 
 impl Pacer {
     fn new() -> std::io::Result<Pacer> {
-        let (until, asked) = std::sync::mpsc::channel::<u64>();
-        let rung = std::sync::Arc::new(tokio::sync::Notify::new());
-        let bell = std::sync::Arc::clone(&rung);
-        std::thread::Builder::new()
-            .name("pacer".to_owned())
-            .spawn(move || {
-                for at_ns in asked {
-                    let left = at_ns.saturating_sub(now_ns());
-                    if left > 0 {
-                        std::thread::sleep(Duration::from_nanos(left));
-                    }
-                    bell.notify_one();
-                }
-            })?;
-        Ok(Pacer { until, rung })
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let expired = pipe::Receiver::from_owned_fd_unchecked(timer.try_clone()?)?;
+        Ok(Pacer { timer, expired })
     }
 
-    async fn wait_until(&self, at_ns: u64) {
-        if self.until.send(at_ns).is_ok() {
-            self.rung.notified().await;
-        }
+    async fn wait_until(&mut self, at_ns: u64) -> std::io::Result<()> {
+        let timer = Itimerspec {
+            it_interval: timespec(0),
+            // Zero would stop it.
+            it_value: timespec(at_ns.max(1)),
+        };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &timer)?;
+        let mut count = [0; 8];
+        self.expired.read_exact(&mut count).await?;
+        Ok(())
+    }
+}
+
+fn timespec(ns: u64) -> Timespec {
+    Timespec {
+        tv_sec: (ns / 1_000_000_000) as i64,
+        tv_nsec: (ns % 1_000_000_000) as i64,
     }
 }

@@ -14,7 +14,7 @@ use pelton_core::{
     clock::{LoggedClock, Now},
     event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
     id::{ConnectionId, EdgeId, RequestId, ShardId},
-    limits::{INBOX_CONTROL_PER_TURN, INBOX_SUBMITS_PER_TURN, RECORD_BYTES_MAX},
+    limits::{INBOX_CONTROL_PER_TURN, INBOX_SUBMITS_PER_TURN},
     shard::{Options as CoreOptions, Shard},
 };
 use pelton_storage::{
@@ -38,8 +38,8 @@ const SOON_NS: u64 = 150_000;
 const ALONE_RECORDS_MAX: u32 = 64;
 /// How often the disk's free space is looked at.
 const SPACE_EVERY_NS: u64 = 1_000_000_000;
-/// The first read of an outcome; a longer one is read again in full.
-const OUTCOME_BYTES_FIRST: usize = 4096;
+/// What an outcome is taken to have; of a longer one the log reads the rest by itself.
+const OUTCOME_BYTES_LIKELY: usize = 4096;
 /// The longest sleep, so that the wall clock is followed.
 const SLEEP_MAX: Duration = Duration::from_secs(10);
 
@@ -69,7 +69,6 @@ struct Lookup {
 struct LookupRead {
     lookup: u64,
     task: usize,
-    outcome: bool,
 }
 
 pub(crate) struct ShardLoop {
@@ -426,10 +425,10 @@ impl ShardLoop {
         let mut reads = 0;
         for (task, view) in views.iter().enumerate() {
             let (position, bytes) = view.record;
-            self.read_for(lookup, task, false, position, bytes as usize);
+            self.read_for(lookup, task, position, bytes as usize);
             reads += 1;
             if view.outcome.0 != 0 {
-                self.read_for(lookup, task, true, view.outcome, OUTCOME_BYTES_FIRST);
+                self.read_for(lookup, task, view.outcome, OUTCOME_BYTES_LIKELY);
                 reads += 1;
             }
         }
@@ -447,24 +446,11 @@ impl ShardLoop {
         }
     }
 
-    fn read_for(
-        &mut self,
-        lookup: u64,
-        task: usize,
-        outcome: bool,
-        position: pelton_core::id::Lsn,
-        bytes: usize,
-    ) {
+    fn read_for(&mut self, lookup: u64, task: usize, position: pelton_core::id::Lsn, bytes: usize) {
         let ticket = self.next_lookup;
         self.next_lookup += 1;
-        self.lookup_reads.insert(
-            ticket,
-            LookupRead {
-                lookup,
-                task,
-                outcome,
-            },
-        );
+        self.lookup_reads
+            .insert(ticket, LookupRead { lookup, task });
         self.log.read(u128::from(ticket), position, bytes);
     }
 
@@ -477,13 +463,6 @@ impl ShardLoop {
         };
         let task = &mut entry.tasks[read.task];
         let understood = record.as_ref().is_some_and(|record| task.read(record));
-        let held = record.as_ref().map_or(0, Vec::len);
-        if !understood && read.outcome && held == OUTCOME_BYTES_FIRST {
-            let position = task.view.outcome;
-            self.read_for(read.lookup, read.task, true, position, RECORD_BYTES_MAX);
-            self.lookups.insert(read.lookup, entry);
-            return;
-        }
         task.damaged |= !understood;
         if entry.cursor.is_some() {
             task.payload = Vec::new();
