@@ -404,6 +404,7 @@ fn setup(
         directory: directory.shard(shard),
         space_bytes_min: options.space_bytes_min,
         linger: options.linger,
+        shares_core: options.pin.is_empty(),
         shared: Arc::clone(shared),
     }
 }

@@ -33,8 +33,9 @@ use crate::{
 
 /// A batch that holds only outcomes waits this long for company.
 const SOON_NS: u64 = 150_000;
-/// A batch of so many records or fewer, with nothing behind it, is written while the loop waits: what comes meanwhile
-/// is about as much, and is worked off in less time than the wait saves.
+/// On a core of its own, a batch of so many records or fewer, with nothing behind it, is committed while the loop waits:
+/// what comes meanwhile is about as much, and is worked off in less time than the wait saves. On a shared core there is
+/// no such bound: the time of the wait is somebody else's.
 const ALONE_RECORDS_MAX: u32 = 64;
 /// How often the disk's free space is looked at.
 const SPACE_EVERY_NS: u64 = 1_000_000_000;
@@ -50,6 +51,8 @@ pub(crate) struct Setup {
     pub(crate) directory: PathBuf,
     pub(crate) space_bytes_min: u64,
     pub(crate) linger: Duration,
+    /// The shard has no core of its own.
+    pub(crate) shares_core: bool,
     pub(crate) shared: Arc<Shared>,
 }
 
@@ -93,6 +96,8 @@ pub(crate) struct ShardLoop {
     space_bytes_min: u64,
     directory: PathBuf,
     linger: Linger,
+    /// Records of a batch that is committed while the loop waits, if nothing is behind it.
+    alone_records_max: u32,
     poisoned: bool,
     stats: ShardStats,
 }
@@ -140,6 +145,11 @@ impl ShardLoop {
             space_bytes_min: setup.space_bytes_min,
             directory: setup.directory,
             linger: Linger::new(setup.linger),
+            alone_records_max: if setup.shares_core {
+                u32::MAX
+            } else {
+                ALONE_RECORDS_MAX
+            },
             poisoned: false,
             stats,
         };
@@ -290,7 +300,7 @@ impl ShardLoop {
             self.shard.on_sealed();
             self.soon_since_ns = None;
             self.sealed_ns = self.started.elapsed().as_nanos() as u64;
-            let alone = self.log.open_records() <= ALONE_RECORDS_MAX
+            let alone = self.log.open_records() <= self.alone_records_max
                 && !self.has_backlog()
                 && inbox.is_empty();
             self.log.seal(alone);
