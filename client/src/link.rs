@@ -11,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use pelton_net::error::ProtocolError;
 use pelton_net::frame::{Frame, FrameReader, FrameType};
 use pelton_net::limits::FRAME_BYTES_MAX;
-use pelton_net::quic::client::{ConnectError, Connector};
+use pelton_net::quic::client::{ConnectError, Connector, endpoint_to};
 use pelton_net::session::{Credential, ErrorFrame, Hello, PROTOCOL_VERSION, Welcome};
 use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 
@@ -54,11 +54,11 @@ pub(crate) struct Held {
     own: Option<Endpoint>,
 }
 
-/// One UDP socket for many connections to one server: a single read takes the answers of all of them, where many small
-/// requests are in flight on many connections. It is made with the first connection, whose trust and keep-alive it keeps,
-/// and belongs to the tokio runtime of that connection. There is one for each address family.
+/// One UDP socket for many connections: a single read takes the answers of all of them, where many small requests are in
+/// flight on many connections. It is made with the first connection, one for each address family, and belongs to the
+/// tokio runtime of that connection.
 #[derive(Clone, Default)]
-pub struct SharedSocket(Arc<[OnceLock<Connector>; 2]>);
+pub struct SharedSocket(Arc<[OnceLock<Endpoint>; 2]>);
 
 impl SharedSocket {
     /// A socket that is made when it is first used.
@@ -66,23 +66,19 @@ impl SharedSocket {
         SharedSocket::default()
     }
 
-    /// Waits until the connections that were closed are gone and the server has been told.
+    /// Waits until the connections that were closed are gone and their servers have been told.
     pub async fn wait_idle(&self) {
-        for connector in self.0.iter().filter_map(OnceLock::get) {
-            connector.endpoint().wait_idle().await;
+        for endpoint in self.0.iter().filter_map(OnceLock::get) {
+            endpoint.wait_idle().await;
         }
     }
 
-    fn connector(
-        &self,
-        server: SocketAddr,
-        make: impl FnOnce() -> Result<Connector, ConnectError>,
-    ) -> Result<Connector, ConnectError> {
+    fn endpoint(&self, server: SocketAddr) -> Result<Endpoint, ConnectError> {
         let place = &self.0[usize::from(server.is_ipv6())];
-        if let Some(connector) = place.get() {
-            return Ok(connector.clone());
+        if let Some(endpoint) = place.get() {
+            return Ok(endpoint.clone());
         }
-        let made = make()?;
+        let made = endpoint_to(server)?;
         Ok(place.get_or_init(|| made).clone())
     }
 }
@@ -206,11 +202,11 @@ async fn connect(options: &ClientOptions) -> Result<Held, Error> {
         .collect();
     let mut last = Error::Unreachable(format!("{} has no address", options.server));
     for address in addresses {
-        let make = || Connector::with_keep_alive(address, &options.trust, options.keep_alive);
-        let connector = match &options.socket {
-            Some(socket) => socket.connector(address, make)?,
-            None => make()?,
+        let endpoint = match &options.socket {
+            Some(socket) => socket.endpoint(address)?,
+            None => endpoint_to(address)?,
         };
+        let connector = Connector::over(endpoint, &options.trust, options.keep_alive)?;
         match connector.connect(address, options.certificate_name()).await {
             Ok(connection) => {
                 let own = options.socket.is_none();

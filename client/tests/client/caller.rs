@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use crate::fake::{Fake, IN_FLIGHT_MAX, PAYLOAD_MAX};
 use pelton_client::{
-    Client, Code, Error, List, Operation, Task, TaskError, TaskName, TaskStatus, Trust, pipeline,
+    Client, Code, Error, List, Operation, SharedSocket, Task, TaskError, TaskName, TaskStatus,
+    Trust, pipeline,
 };
 use pelton_net::submit::{SUBMIT_NOTIFY, SubmitTask};
 
@@ -48,6 +49,27 @@ async fn a_submit_tells_identity_duplicate_and_durability() {
     assert_eq!(reused.code(), Code::IdReused);
     assert_eq!(reused.number(), 7);
     assert_eq!(refusal.request_id, Some(first.request_id));
+}
+
+#[tokio::test]
+async fn connections_that_share_a_socket_end_one_by_one_and_trust_for_themselves() {
+    let fake = Fake::start();
+    let socket = SharedSocket::new();
+    let options = fake.options().socket(&socket);
+    let one = Client::connect(options.clone()).await.unwrap();
+    let other = Client::connect(options.clone()).await.unwrap();
+    one.submit("f", Task::new("x").task_id("one"))
+        .await
+        .unwrap();
+    one.close().await;
+    let again = other.submit("f", Task::new("x").task_id("one")).await;
+    assert!(again.unwrap().duplicate);
+    let stranger = options.trust(Trust::Fingerprint([7; 32]));
+    assert!(Client::connect(stranger).await.is_err());
+    other.close().await;
+    tokio::time::timeout(Duration::from_secs(5), socket.wait_idle())
+        .await
+        .expect("nothing holds the socket any more");
 }
 
 #[tokio::test]

@@ -118,6 +118,15 @@ impl Connector {
         trust: &Trust,
         keep_alive: Duration,
     ) -> Result<Connector, ConnectError> {
+        Connector::over(endpoint_to(server)?, trust, keep_alive)
+    }
+
+    /// A connector on an endpoint that others may use too, with a trust of its own.
+    pub fn over(
+        endpoint: Endpoint,
+        trust: &Trust,
+        keep_alive: Duration,
+    ) -> Result<Connector, ConnectError> {
         let tls = QuicClientConfig::try_from(Arc::new(client_tls(trust)?))
             .expect("the provider has the cipher suite that QUIC starts with");
         let mut loopback = ClientConfig::new(Arc::new(tls));
@@ -130,18 +139,6 @@ impl Connector {
             transport.keep_alive_interval(Some(keep_alive));
             config.transport_config(Arc::new(transport));
         }
-
-        let local: SocketAddr = if server.is_ipv4() {
-            (Ipv4Addr::UNSPECIFIED, 0).into()
-        } else {
-            (Ipv6Addr::UNSPECIFIED, 0).into()
-        };
-        let socket = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))
-            .map_err(ConnectError::Socket)?;
-        enlarge_buffers(&socket);
-        socket.bind(&local.into()).map_err(ConnectError::Socket)?;
-        let endpoint = socket::endpoint(EndpointConfig::default(), None, socket.into())
-            .map_err(ConnectError::Socket)?;
         Ok(Connector {
             endpoint,
             loopback,
@@ -184,6 +181,20 @@ impl Connector {
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
+}
+
+/// An endpoint with a socket of its own for servers of the address family of `server`.
+pub fn endpoint_to(server: SocketAddr) -> Result<Endpoint, ConnectError> {
+    let local: SocketAddr = if server.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let socket = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))
+        .map_err(ConnectError::Socket)?;
+    enlarge_buffers(&socket);
+    socket.bind(&local.into()).map_err(ConnectError::Socket)?;
+    socket::endpoint(EndpointConfig::default(), None, socket.into()).map_err(ConnectError::Socket)
 }
 
 /// TLS 1.3 without early data.

@@ -81,6 +81,8 @@ pub(crate) struct Hub {
     given: Notify,
     /// Rung by shards that deliver and by sessions that read, while the pump sleeps.
     bell: Arc<Notify>,
+    /// The pump sleeps.
+    asleep: Cell<bool>,
     /// When there was work for this edge last.
     worked: Cell<Instant>,
 }
@@ -107,6 +109,7 @@ impl Hub {
             closing: Cell::new(false),
             given: Notify::new(),
             bell,
+            asleep: Cell::new(false),
             worked: Cell::new(Instant::now()),
         }
     }
@@ -226,7 +229,9 @@ impl Hub {
     /// A session has read something: the edge has work, and does not sleep yet.
     pub(crate) fn has_heard(&self) {
         self.worked.set(Instant::now());
-        self.bell.notify_one();
+        if self.asleep.get() {
+            self.bell.notify_one();
+        }
     }
 
     /// Hands out deliveries for as long as the edge lives, and keeps the edge awake while more is likely to come soon.
@@ -244,7 +249,9 @@ impl Hub {
                 tokio::task::yield_now().await;
             } else if self.edge.park() {
                 let slept = Instant::now();
+                self.asleep.set(true);
                 self.bell.notified().await;
+                self.asleep.set(false);
                 self.edge.unpark();
                 linger.slept(slept.elapsed());
             }
