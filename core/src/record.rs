@@ -19,8 +19,8 @@ use crate::{
     id::{FunctionId, Lsn, RequestId, TenantId},
 };
 
-/// Bytes in front of each record's body: length `u32`, schema `u16`, two zero bytes, a checksum `u32` that the log writes
-/// when it seals the batch, four zero bytes.
+/// Bytes in front of each record's body: length `u32`, schema `u16`, two zero bytes, and a checksum `u64` that the log
+/// writes when it seals the batch.
 pub const RECORD_HEADER_BYTES: usize = 16;
 /// Records start at multiples of this within a batch.
 pub const RECORD_ALIGN: usize = 16;
