@@ -513,6 +513,12 @@ pub struct Counters {
     pub names: u64,
     /// Bytes of waiting tasks held in memory.
     pub fetched_bytes: u64,
+    /// Bytes of the records in the log that are still needed.
+    pub live_bytes: u64,
+    /// Records that were moved forward so that their segment can go, and their bytes.
+    pub relocated: u64,
+    /// See `relocated`.
+    pub relocated_bytes: u64,
 }
 
 /// The answer to a query or a wish.
@@ -641,6 +647,8 @@ pub struct Effects {
     pub shards: Vec<(ShardId, Control)>,
     /// Records to be read back.
     pub fetches: Vec<Fetch>,
+    /// Batches to be read back from here on, for cleaning; at most one such request is under way.
+    pub scan: Option<Lsn>,
     /// Changes of configuration that every shard has logged; edges may use them.
     pub published: Vec<(u64, Change)>,
     /// Whether the batch is to be sealed.
@@ -669,6 +677,21 @@ pub struct Inbox {
     pub submits: alloc::collections::VecDeque<Box<SubmitBatch>>,
     /// Records read back.
     pub fetched: Vec<Fetched>,
+    /// What [`Effects::scan`] asked for.
+    pub scanned: Option<Scanned>,
     /// False while the disk is beyond its high-water mark: submits are refused.
     pub disk_has_room: bool,
+}
+
+/// Neighbouring batches of the log, read back so that what lives in them can be moved.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Scanned {
+    /// The position of the first byte.
+    pub start: Lsn,
+    /// Whole batches whose checksums hold.
+    pub bytes: Vec<u8>,
+    /// Where the header of each record stands in them.
+    pub records: Vec<u32>,
+    /// Where to go on; `None` at the segment's end, and where the rest of it cannot be read.
+    pub next: Option<Lsn>,
 }

@@ -53,6 +53,12 @@ pub const SEGMENT_BYTES_MIN: usize = 4 << 20;
 pub const SEGMENT_BYTES_DEFAULT: usize = 64 << 20;
 /// The largest segment.
 pub const SEGMENT_BYTES_MAX: usize = 256 << 20;
+/// The log is not cleaned while it has fewer closed segments than this.
+pub const CLEAN_SEGMENTS_MIN: u64 = 4;
+/// Bytes of the log that cleaning goes through in one step.
+pub const CLEAN_BYTES_STEP: usize = 32 << 10;
+/// Pause between two steps of cleaning where nothing else keeps the shard awake.
+pub const CLEAN_EVERY_NS: u64 = 100_000;
 
 /// Batches that one inbox of submits holds.
 pub const INBOX_SUBMIT_BATCHES_MAX: usize = 1024;

@@ -41,17 +41,26 @@ pub enum Schema {
     Config = 5,
     /// [`ClockRecordV1`]: logged time and the next running number, first in each segment.
     Clock = 6,
+    /// [`RelocatedTaskRecordV1`]: a task's record, written anew, with what had become of the task.
+    RelocatedTask = 7,
+    /// [`RelocatedOutcomeRecordV1`]: the record of a finished task's outcome, written anew.
+    RelocatedOutcome = 8,
+    /// [`RelocatedNameRecordV1`]: a given name whose task is forgotten.
+    RelocatedName = 9,
 }
 
 impl Schema {
     /// Every schema of this version.
-    pub const ALL: [Schema; 6] = [
+    pub const ALL: [Schema; 9] = [
         Schema::Task,
         Schema::Lease,
         Schema::Outcome,
         Schema::Move,
         Schema::Config,
         Schema::Clock,
+        Schema::RelocatedTask,
+        Schema::RelocatedOutcome,
+        Schema::RelocatedName,
     ];
 
     /// The schema with this id.
@@ -204,6 +213,62 @@ pub struct ClockRecordV1 {
     pub next_seq: u64,
 }
 
+/// A task's record moved forward, so that the segment in which it stood can go. It says by itself what the records
+/// between the task's acceptance and this one have said of it, since those may go too.
+#[derive(Archive, Serialize, Clone, Copy, Debug)]
+pub struct RelocatedTaskRecordV1<'a> {
+    /// The task as it was accepted.
+    pub task: TaskRecordV1<'a>,
+    /// Where its record stood.
+    pub from: u64,
+    /// Logged time of the move.
+    pub at_ms: u64,
+    /// Logged time of the next attempt, for `Retrying`.
+    pub due_ms: u64,
+    /// Where the outcome of a finished task stands; 0 where there is none.
+    pub outcome: u64,
+    /// Bytes of that record.
+    pub outcome_bytes: u32,
+    /// Its maximum age in seconds, where it is not its function's; 0 where it is.
+    pub max_age_s: u32,
+    /// First half of the last lease's fencing token.
+    pub generation: u16,
+    /// Second half of the last lease's fencing token: leases so far.
+    pub attempt: u16,
+    /// Its state, as [`crate::state::State`] numbers it.
+    pub state: u8,
+    /// Retries spent.
+    pub retries: u8,
+    /// 1: its failure holds its ordering key.
+    pub holds_key: u8,
+}
+
+/// The outcome of a finished task moved forward.
+#[derive(Archive, Serialize, Clone, Copy, Debug)]
+pub struct RelocatedOutcomeRecordV1<'a> {
+    /// The outcome as it was written.
+    pub outcome: OutcomeRecordV1<'a>,
+    /// Where its record stood.
+    pub from: u64,
+}
+
+/// A given name moved forward without its task, which is forgotten.
+#[derive(Archive, Serialize, Clone, Copy, Debug)]
+pub struct RelocatedNameRecordV1<'a> {
+    /// The task that the name names.
+    pub request: u128,
+    /// XXH3-64 of its payload.
+    pub payload_hash: u64,
+    /// The function's number.
+    pub function: u32,
+    /// The ordering key; empty for none.
+    #[rkyv(with = InlineAsBox)]
+    pub key: &'a str,
+    /// The given `task_id`.
+    #[rkyv(with = InlineAsBox)]
+    pub task_id: &'a str,
+}
+
 /// The room left in the batch that is being filled: the shard appends records to it, the log owns it.
 ///
 /// Invariant: `len` is a multiple of [`RECORD_ALIGN`] from the batch's start, and `base` is the position of byte 0.
@@ -274,6 +339,8 @@ pub const fn record_bytes(variable: usize) -> usize {
     RECORD_HEADER_BYTES + 192 + variable + RECORD_ALIGN
 }
 
+const _: () = assert!(size_of::<ArchivedRelocatedTaskRecordV1<'static>>() <= 192);
+
 /// Why a record could not be read: its checksum held, so this is a bug or another version's record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unreadable {
@@ -295,6 +362,12 @@ pub enum Record<'a> {
     Config(&'a ArchivedConfigRecordV1<'a>),
     /// Logged time.
     Clock(&'a ArchivedClockRecordV1),
+    /// A task's record was moved forward.
+    RelocatedTask(&'a ArchivedRelocatedTaskRecordV1<'a>),
+    /// An outcome's record was moved forward.
+    RelocatedOutcome(&'a ArchivedRelocatedOutcomeRecordV1<'a>),
+    /// A name was moved forward.
+    RelocatedName(&'a ArchivedRelocatedNameRecordV1<'a>),
 }
 
 /// Reads the body of a record, validating every byte.
@@ -320,19 +393,32 @@ pub fn read(schema: u16, body: &[u8]) -> Result<Record<'_>, Unreadable> {
             Schema::Clock => {
                 Record::Clock(access::<ArchivedClockRecordV1, Failure>(body).map_err(unreadable)?)
             }
+            Schema::RelocatedTask => Record::RelocatedTask(
+                access::<ArchivedRelocatedTaskRecordV1<'_>, Failure>(body).map_err(unreadable)?,
+            ),
+            Schema::RelocatedOutcome => Record::RelocatedOutcome(
+                access::<ArchivedRelocatedOutcomeRecordV1<'_>, Failure>(body)
+                    .map_err(unreadable)?,
+            ),
+            Schema::RelocatedName => Record::RelocatedName(
+                access::<ArchivedRelocatedNameRecordV1<'_>, Failure>(body).map_err(unreadable)?,
+            ),
         },
     )
 }
 
-/// Reads a whole record, header included, that must be a task's.
+/// Reads a whole record, header included, that must be a task's, where it was accepted or where it was moved to.
 pub fn read_task(record: &[u8]) -> Result<&ArchivedTaskRecordV1<'_>, Unreadable> {
     match read_whole(record)? {
         Record::Task(task) => Ok(task),
+        Record::RelocatedTask(relocated) => Ok(&relocated.task),
         Record::Lease(_)
         | Record::Outcome(_)
         | Record::Move(_)
         | Record::Config(_)
-        | Record::Clock(_) => Err(Unreadable {
+        | Record::Clock(_)
+        | Record::RelocatedOutcome(_)
+        | Record::RelocatedName(_) => Err(Unreadable {
             schema: u16::from_le_bytes([record[4], record[5]]),
         }),
     }
@@ -485,6 +571,46 @@ impl ArchivedTaskRecordV1<'_> {
     /// The task's identity.
     pub fn request(&self) -> RequestId {
         RequestId(self.request.to_native())
+    }
+
+    /// The record as it was written.
+    pub fn to_record(&self) -> TaskRecordV1<'_> {
+        TaskRecordV1 {
+            request: self.request.to_native(),
+            tenant: self.tenant.to_native(),
+            function: self.function.to_native(),
+            due_ms: self.due_ms.to_native(),
+            payload_hash: self.payload_hash.to_native(),
+            max_age_s: self.max_age_s.to_native(),
+            cost: self.cost.to_native(),
+            priority: self.priority,
+            durability: self.durability,
+            task_id: &self.task_id,
+            key: &self.key,
+            content_type: &self.content_type,
+            traceparent: &self.traceparent,
+            tags: &self.tags,
+            payload: &self.payload,
+        }
+    }
+}
+
+impl ArchivedOutcomeRecordV1<'_> {
+    /// The record as it was written.
+    pub fn to_record(&self) -> OutcomeRecordV1<'_> {
+        OutcomeRecordV1 {
+            request: self.request.to_native(),
+            at_ms: self.at_ms.to_native(),
+            due_ms: self.due_ms.to_native(),
+            generation: self.generation.to_native(),
+            attempt: self.attempt.to_native(),
+            state: self.state,
+            retries: self.retries,
+            code: self.code.to_native(),
+            error: &self.error,
+            output: &self.output,
+            result: &self.result,
+        }
     }
 }
 

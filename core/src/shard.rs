@@ -14,8 +14,9 @@ use crate::{
     config::{Change, Directory, FunctionConfig, Wish},
     error::Code,
     event::{Control, Counters, Durable, EdgeBatch, Effects, Inbox, Urgency},
+    flow::clean::Cleaning,
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
-    limits::{DEDUP_WINDOW_MS, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT},
+    limits::{CLEAN_EVERY_NS, DEDUP_WINDOW_MS, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT},
     record::BatchSpace,
     schedule::{
         ledger::{Ledger, Share},
@@ -89,6 +90,7 @@ pub(crate) enum Fact {
         retries: u8,
         due_ms: u64,
         position: Lsn,
+        record_bytes: u32,
         code: Code,
     },
     Moved {
@@ -101,6 +103,26 @@ pub(crate) enum Fact {
     },
     Clock {
         next_seq: u64,
+    },
+    /// The task's record stands in another place, and its name's with it.
+    Relocated {
+        request: RequestId,
+        from: Lsn,
+        to: Lsn,
+        record_bytes: u32,
+        name: u128,
+    },
+    OutcomeRelocated {
+        request: RequestId,
+        from: Lsn,
+        to: Lsn,
+        record_bytes: u32,
+    },
+    NameRelocated {
+        request: RequestId,
+        payload_hash: u64,
+        name: u128,
+        to: Lsn,
     },
     /// All configuration stands in this segment or later ones.
     ConfigComplete {
@@ -283,6 +305,8 @@ pub struct Shard {
     pub(crate) first_segment: u64,
     /// Every tenant and function has a record in this segment or a later one.
     pub(crate) config_segment: u64,
+    /// Bytes of the records that are still needed, configuration aside.
+    pub(crate) live_bytes: u64,
 
     // Facts in another order.
     pub(crate) lanes: Vec<Lane>,
@@ -323,6 +347,9 @@ pub struct Shard {
     pub(crate) wishes: VecDeque<(ConnectionId, u64, Wish)>,
     pub(crate) carried: Option<Carried>,
     pub(crate) dump: Option<(u64, usize)>,
+    pub(crate) cleaning: Cleaning,
+    /// The replay has seen tasks or names behind what they were in front of.
+    pub(crate) disordered: bool,
     pub(crate) counters: Counters,
     pub(crate) times: Times,
 
@@ -365,6 +392,7 @@ impl Shard {
             segments: VecDeque::new(),
             first_segment: 0,
             config_segment: 0,
+            live_bytes: 0,
             lanes: Vec::new(),
             queues: Vec::new(),
             due: BTreeSet::new(),
@@ -396,6 +424,8 @@ impl Shard {
             wishes: VecDeque::new(),
             carried: None,
             dump: None,
+            cleaning: Cleaning::default(),
+            disordered: false,
             counters: Counters::default(),
             times: Times::default(),
             ledgers: BTreeMap::new(),
@@ -446,6 +476,7 @@ impl Shard {
         effects.shards.append(&mut self.outgoing);
         self.carry_wishes(effects);
         self.carry_config(space);
+        self.clean(inbox, space, effects);
         self.note_appended();
         effects.urgency = self.urgency;
     }
@@ -515,6 +546,9 @@ impl Shard {
             (self.orphans.count > 0).then_some(self.orphans_end_ns),
             (!self.deferred.is_empty() && self.sealed.is_empty()).then_some(self.now.mono_ns),
             (!self.doomed.is_empty()).then_some(self.now.mono_ns + 1_000_000),
+            self.cleaning
+                .goes_on()
+                .then_some(self.now.mono_ns + CLEAN_EVERY_NS),
             self.counting.first().map(|entry| entry.0),
             self.idle_credits.first().map(|entry| entry.0),
         ];
@@ -565,6 +599,7 @@ impl Shard {
             finished: u64::from(self.finished.count),
             names: self.names.len() as u64,
             fetched_bytes: self.blobs.bytes() as u64,
+            live_bytes: self.live_bytes,
             ..self.counters
         }
     }

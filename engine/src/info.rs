@@ -4,7 +4,7 @@ use pelton_core::{
     error::Code,
     event::{Counters, TaskView},
     id::ConnectionId,
-    record::{Record, read_whole},
+    record::{ArchivedRelocatedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, Record, read_whole},
 };
 
 use crate::stats::ShardStats;
@@ -62,7 +62,10 @@ impl TaskInfo {
     /// Takes what a record of this task says; false if it is not one of its records.
     pub(crate) fn read(&mut self, record: &[u8]) -> bool {
         match read_whole(record) {
-            Ok(Record::Task(task)) if task.request() == self.view.request => {
+            Ok(
+                Record::Task(task)
+                | Record::RelocatedTask(ArchivedRelocatedTaskRecordV1 { task, .. }),
+            ) if task.request() == self.view.request => {
                 self.task_id = String::from(&*task.task_id);
                 self.key = String::from(&*task.key);
                 self.content_type = String::from(&*task.content_type);
@@ -73,7 +76,10 @@ impl TaskInfo {
                 self.payload = task.payload.to_vec();
                 true
             }
-            Ok(Record::Outcome(outcome)) if outcome.request.to_native() == self.view.request.0 => {
+            Ok(
+                Record::Outcome(outcome)
+                | Record::RelocatedOutcome(ArchivedRelocatedOutcomeRecordV1 { outcome, .. }),
+            ) if outcome.request.to_native() == self.view.request.0 => {
                 self.code = Code::from_number(outcome.code.to_native()).unwrap_or(Code::Internal);
                 self.error = String::from(&*outcome.error);
                 self.output = outcome.output.to_vec();
@@ -87,7 +93,10 @@ impl TaskInfo {
                 | Record::Lease(_)
                 | Record::Move(_)
                 | Record::Config(_)
-                | Record::Clock(_),
+                | Record::Clock(_)
+                | Record::RelocatedTask(_)
+                | Record::RelocatedOutcome(_)
+                | Record::RelocatedName(_),
             )
             | Err(_) => false,
         }
@@ -141,5 +150,8 @@ pub fn sum(counters: impl IntoIterator<Item = Counters>) -> Counters {
             finished: a.finished + b.finished,
             names: a.names + b.names,
             fetched_bytes: a.fetched_bytes + b.fetched_bytes,
+            live_bytes: a.live_bytes + b.live_bytes,
+            relocated: a.relocated + b.relocated,
+            relocated_bytes: a.relocated_bytes + b.relocated_bytes,
         })
 }

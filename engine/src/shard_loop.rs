@@ -204,7 +204,11 @@ impl ShardLoop {
         let had_work = self.log.has_durable()
             || !self.inbox.control.is_empty()
             || !self.inbox.submits.is_empty()
-            || !self.inbox.fetched.is_empty();
+            || !self.inbox.fetched.is_empty()
+            || self.inbox.scanned.is_some();
+        if inbox.stop.load(Relaxed) {
+            self.shard.stop_cleaning();
+        }
         let (durable, mut space) = self.log.batch();
         self.shard
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
@@ -256,6 +260,7 @@ impl ShardLoop {
                         record,
                     }),
                 },
+                LogEvent::Scanned(scanned) => self.inbox.scanned = Some(scanned),
                 LogEvent::Unreadable {
                     segment,
                     offset,
@@ -319,6 +324,9 @@ impl ShardLoop {
         for fetch in effects.fetches.drain(..) {
             self.log
                 .read(fetch.request.0, fetch.position, fetch.bytes as usize);
+        }
+        if let Some(from) = effects.scan.take() {
+            self.log.scan(from);
         }
         if !effects.published.is_empty() {
             self.shared.routes.publish(&effects.published);

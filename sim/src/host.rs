@@ -80,6 +80,7 @@ impl Host {
                     request: RequestId(ticket),
                     record,
                 }),
+                LogEvent::Scanned(scanned) => self.inbox.scanned = Some(scanned),
                 LogEvent::Poisoned => {
                     self.poisoned = true;
                     self.shard.on_poisoned(&mut effects);
@@ -94,7 +95,8 @@ impl Host {
         }
         let asked = !self.inbox.control.is_empty()
             || !self.inbox.submits.is_empty()
-            || !self.inbox.fetched.is_empty();
+            || !self.inbox.fetched.is_empty()
+            || self.inbox.scanned.is_some();
         let (durable, mut space) = self.log.batch();
         let moved = asked || durable.is_some() || space.records > 0;
         if let Some(durable) = &durable {
@@ -114,6 +116,9 @@ impl Host {
                 .read(fetch.request.0, fetch.position, fetch.bytes as usize);
         }
         self.log.start_reads();
+        if let Some(from) = effects.scan.take() {
+            self.log.scan(from);
+        }
         self.log.retire_before(self.shard.retire_before());
         self.log.tick(now.mono_ns);
         Ok(effects)
@@ -143,6 +148,7 @@ impl Host {
         let again = (!self.inbox.control.is_empty()
             || !self.inbox.submits.is_empty()
             || (!self.inbox.fetched.is_empty() && !self.poisoned)
+            || self.inbox.scanned.is_some()
             || !self.at_edges.is_empty())
         .then_some(now_ns + AGAIN_NS);
         let soon = self

@@ -73,6 +73,7 @@ struct Total {
     poisoned: u64,
     recycled: u64,
     retired: u64,
+    relocated: u64,
     read_failures: u64,
     turns: u64,
     events: u64,
@@ -92,6 +93,7 @@ impl Total {
         self.executed += tally.executed;
         self.ended += tally.ended;
         self.duplicates += tally.duplicates;
+        self.relocated += tally.relocated;
         self.refused += tally.refused;
         self.stale += tally.stale;
         self.limited += tally.limited;
@@ -271,6 +273,7 @@ fn print_table(total: &Total, took: Duration) {
         ("poisoned logs", total.poisoned),
         ("segments recycled", total.recycled),
         ("segments retired", total.retired),
+        ("records moved forward", total.relocated),
         ("records given up", total.read_failures),
         ("turns of shards, each audited", total.turns),
         ("events", total.events),

@@ -161,6 +161,8 @@ pub struct Tally {
     pub stale: u64,
     /// Leases that were held against their function's concurrency.
     pub limited: u64,
+    /// Records that were moved forward.
+    pub relocated: u64,
     /// Which events met which states: a bit for each event by state.
     pub met: [u32; 13],
 }
@@ -258,8 +260,13 @@ impl Oracle {
                 format!("shard {shard}: schema {schema} at {position:?}"),
             );
         };
-        if let (Record::Task(task), Some(replayed)) = (&record, &mut disk.replayed) {
-            replayed.insert(RequestId(task.request.to_native()));
+        let accepted = match &record {
+            Record::Task(task) => Some(task.request()),
+            Record::RelocatedTask(relocated) => Some(relocated.task.request()),
+            _ => None,
+        };
+        if let (Some(request), Some(replayed)) = (accepted, &mut disk.replayed) {
+            replayed.insert(request);
         }
         if known {
             return Ok(());
@@ -545,6 +552,61 @@ impl Oracle {
                     }
                     Change::FunctionRemoved { .. } => {}
                 }
+            }
+            Record::RelocatedTask(relocated) => {
+                self.tally.relocated += 1;
+                let record = &relocated.task;
+                let request = record.request();
+                let known = self.task(request)?.clone();
+                let wanted = &self.intents[known.intent as usize];
+                let state = State::from_number(relocated.state).expect("a sound record");
+                let ended = if known.state.terminal() {
+                    Some(known.state)
+                } else {
+                    None
+                };
+                require(
+                    *record.payload == *wanted.payload
+                        && *record.task_id == *wanted.task_id
+                        && *record.key == *wanted.key
+                        && *record.content_type == *wanted.content_type
+                        && *record.tags == *wanted.tags
+                        && record.function.to_native() == wanted.function.0
+                        && record.tenant.to_native() == wanted.tenant.0
+                        && relocated.attempt.to_native() == known.token.attempt
+                        && Some(state).filter(|state| state.terminal()) == ended,
+                    "what_is_moved_stays_true",
+                    || format!("{request} was moved as {state} and is {known:?}"),
+                )?;
+                if !matches!(state, State::Running | State::Stopping) {
+                    // An attempt that was given back in memory is not found leased by a later start.
+                    let running = self.running.entry(known.function).or_default();
+                    running.remove(&request);
+                }
+            }
+            Record::RelocatedOutcome(relocated) => {
+                self.tally.relocated += 1;
+                let request = RequestId(relocated.outcome.request.to_native());
+                let known = self.task(request)?.state;
+                let state = State::from_number(relocated.outcome.state).expect("a sound record");
+                require(
+                    known == state && state.terminal(),
+                    "what_is_moved_stays_true",
+                    || format!("the outcome of {request} was moved as {state}, it is {known}"),
+                )?;
+            }
+            Record::RelocatedName(name) => {
+                self.tally.relocated += 1;
+                let request = RequestId(name.request.to_native());
+                let intent = self.task(request)?.intent;
+                let wanted = &self.intents[intent as usize];
+                require(
+                    *name.task_id == *wanted.task_id
+                        && *name.key == *wanted.key
+                        && name.function.to_native() == wanted.function.0,
+                    "what_is_moved_stays_true",
+                    || format!("the name of {request} was moved as {:?}", &*name.task_id),
+                )?;
             }
             Record::Clock(_) => {}
         }

@@ -3,8 +3,9 @@
 
 use pelton_storage::memory::Random;
 
-/// Bytes of a segment in every simulated log: the smallest allowed, so that segments roll and are recycled.
-pub const SEGMENT_BYTES: u64 = 4 << 20;
+/// Bytes of a segment in every simulated log: far fewer than a server allows, so that segments roll, are cleaned and
+/// are recycled.
+pub const SEGMENT_BYTES: u64 = 1 << 20;
 
 /// The kinds of faults, in the order of the table that the program prints.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

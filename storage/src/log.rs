@@ -12,7 +12,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use pelton_core::{event::Durable, id::Lsn, limits::BATCH_BYTES_MAX, record::BatchSpace};
+use pelton_core::{
+    event::{Durable, Scanned},
+    id::Lsn,
+    limits::BATCH_BYTES_MAX,
+    record::BatchSpace,
+};
 
 use crate::{
     device::{Device, DeviceError, DeviceErrorKind, DeviceOp, Output, Tag},
@@ -20,6 +25,7 @@ use crate::{
         BATCH_HEADER_BYTES, BLOCK_BYTES, BatchHeader, FLAG_CARRY, FLAG_CLOSING,
         SEGMENT_DATA_OFFSET, SegmentHeader, record_bytes, record_holds, seal_records,
     },
+    recover::records,
     segment::{FILL_PIECE_BYTES, File, Progress, Segment, Work},
 };
 
@@ -49,6 +55,7 @@ const READ_PIECE_BYTES: u64 = 256 << 10;
 const TAG_COMMIT: Tag = 0;
 const TAG_WORK: Tag = 1;
 const TAG_ASIDE: Tag = 2;
+const TAG_SCAN: Tag = 3;
 const TAG_READS: Tag = 16;
 
 /// What identifies a log.
@@ -72,6 +79,8 @@ pub enum LogEvent {
         ticket: u128,
         record: Option<Vec<u8>>,
     },
+    /// What [`Log::scan`] asked for.
+    Scanned(Scanned),
     /// The record here could not be read, or is `rotten`: read each time, and never what was written. What asked for it
     /// is told by an event of its own.
     Unreadable {
@@ -145,6 +154,15 @@ impl PendingRead {
     }
 }
 
+/// Whole batches that are to be read.
+#[derive(Clone, Copy, Debug)]
+struct PendingScan {
+    start: Lsn,
+    /// The key of their segment.
+    key: u128,
+    tries: u32,
+}
+
 /// What a recovery hands over to the live log.
 #[derive(Debug)]
 pub(crate) struct Found {
@@ -190,6 +208,8 @@ pub struct Log<D> {
     wanted: Vec<Wanted>,
     reads: BTreeMap<Tag, PendingRead>,
     read: VecDeque<(u128, Option<Vec<u8>>)>,
+    scan: Option<PendingScan>,
+    scanned: Option<Scanned>,
     /// Positions of records that could not be had, and whether they are rotten.
     unreadable: VecDeque<(Lsn, bool)>,
     next_read: Tag,
@@ -230,6 +250,8 @@ impl<D: Device> Log<D> {
             wanted: Vec::new(),
             reads: BTreeMap::new(),
             read: VecDeque::new(),
+            scan: None,
+            scanned: None,
             unreadable: VecDeque::new(),
             next_read: TAG_READS,
             last_commit_ns: 0,
@@ -251,6 +273,7 @@ impl<D: Device> Log<D> {
                 }
                 TAG_WORK => self.on_work(result, now_ns),
                 TAG_ASIDE => {}
+                TAG_SCAN => self.on_scan(result),
                 read => self.on_read(read, result),
             }
         }
@@ -260,6 +283,9 @@ impl<D: Device> Log<D> {
                 offset: position.0 % self.options.segment_bytes,
                 rotten,
             });
+        }
+        if let Some(scanned) = self.scanned.take() {
+            return Some(LogEvent::Scanned(scanned));
         }
         let (ticket, record) = self.read.pop_front()?;
         self.stats.read_failures += u64::from(record.is_none());
@@ -389,6 +415,15 @@ impl<D: Device> Log<D> {
         });
     }
 
+    /// Reads the whole batches from here on, as many as one read brings and this segment has; told by
+    /// [`LogEvent::Scanned`]. One at a time.
+    pub fn scan(&mut self, from: Lsn) {
+        assert!(self.scan.is_none() && self.scanned.is_none());
+        let offset = (from.0 % self.options.segment_bytes).max(SEGMENT_DATA_OFFSET);
+        let start = Lsn(from.0 - from.0 % self.options.segment_bytes + offset);
+        self.start_scan(start, 1);
+    }
+
     /// Writes the closing batch. Call it when nothing is in flight and nothing is open; its end is no event, so ask
     /// [`Log::can_seal`].
     pub fn close(&mut self) {
@@ -416,6 +451,8 @@ impl<D: Device> Log<D> {
             && self.reads.is_empty()
             && self.wanted.is_empty()
             && self.read.is_empty()
+            && self.scan.is_none()
+            && self.scanned.is_none()
             && self.work.as_ref().is_none_or(|work| work.flying() == 0)
     }
 
@@ -726,10 +763,7 @@ impl<D: Device> Log<D> {
     fn start_read(&mut self, mut read: PendingRead) {
         let segment_bytes = self.options.segment_bytes;
         let number = read.start.0 / segment_bytes;
-        let segment = number
-            .checked_sub(self.live[0].number)
-            .and_then(|index| self.live.get(index as usize));
-        let Some(segment) = segment else {
+        let Some(segment) = self.live_segment(number) else {
             // Nobody needs what stood in a segment that is gone.
             let gone = read.records.iter().map(|wanted| (wanted.ticket, None));
             self.read.extend(gone);
@@ -750,6 +784,93 @@ impl<D: Device> Log<D> {
             },
         );
         self.reads.insert(tag, read);
+    }
+
+    fn live_segment(&self, number: u64) -> Option<Segment> {
+        let index = number.checked_sub(self.live[0].number)?;
+        self.live.get(index as usize).copied()
+    }
+
+    fn start_scan(&mut self, start: Lsn, tries: u32) {
+        let offset = start.0 % self.options.segment_bytes;
+        let number = start.0 / self.options.segment_bytes;
+        let Some(segment) = self.live_segment(number) else {
+            self.scanned = Some(Scanned {
+                start,
+                ..Scanned::default()
+            });
+            return;
+        };
+        self.scan = Some(PendingScan {
+            start,
+            key: segment.key,
+            tries,
+        });
+        let left = self.options.segment_bytes - offset;
+        self.device.start(
+            TAG_SCAN,
+            DeviceOp::Read {
+                file: segment.file.id,
+                offset,
+                bytes: left.min(BATCH_BYTES_MAX as u64) as usize,
+            },
+        );
+    }
+
+    fn on_scan(&mut self, result: Result<Output, DeviceError>) {
+        let scan = self.scan.take().expect("a scan was in flight");
+        let Ok(Output::Bytes(bytes)) = result else {
+            self.scan_again(scan, scan.start, false);
+            return;
+        };
+        let segment_bytes = self.options.segment_bytes;
+        let mut scanned = Scanned {
+            start: scan.start,
+            ..Scanned::default()
+        };
+        let mut at = 0;
+        while at < bytes.len() {
+            let place = Lsn(scan.start.0 + at as u64);
+            let header = BatchHeader::peek(&bytes[at..])
+                .filter(|header| header.lsn == place && header.shard == self.options.shard);
+            let Some(header) = header else {
+                break; // The segment's end.
+            };
+            let Some(batch) = bytes.get(at..at + header.bytes()) else {
+                scanned.next = Some(place).filter(|_| at > 0);
+                break;
+            };
+            let mut found = Vec::new();
+            let sound = header.holds(batch, scan.key)
+                && records(batch, header.records, |record, _, _| {
+                    found.push((at + record) as u32);
+                    Some(())
+                })
+                .is_some();
+            if !sound {
+                self.scan_again(scan, place, true);
+                return;
+            }
+            scanned.records.append(&mut found);
+            at = (header.end().0 - scan.start.0) as usize;
+            let more = header.end().0 % segment_bytes != 0;
+            scanned.next = Some(header.end()).filter(|_| more && at >= bytes.len());
+        }
+        scanned.bytes = bytes[..at.min(bytes.len())].to_vec();
+        self.scanned = Some(scanned);
+    }
+
+    fn scan_again(&mut self, scan: PendingScan, place: Lsn, rotten: bool) {
+        if scan.tries < READ_TRIES {
+            self.start_scan(scan.start, scan.tries + 1);
+            return;
+        }
+        self.stats.read_failures += 1;
+        self.unreadable.push_back((place, rotten));
+        self.scanned = Some(Scanned {
+            start: scan.start,
+            ..Scanned::default()
+        });
     }
 
     fn on_read(&mut self, tag: Tag, result: Result<Output, DeviceError>) {

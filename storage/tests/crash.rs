@@ -113,7 +113,7 @@ impl Rig {
         while let Some(event) = log.poll(self.now_ns) {
             match event {
                 LogEvent::Durable => break,
-                LogEvent::Read { .. } | LogEvent::Unreadable { .. } => {}
+                LogEvent::Read { .. } | LogEvent::Unreadable { .. } | LogEvent::Scanned(_) => {}
                 LogEvent::Poisoned => panic!("the disk works"),
             }
         }

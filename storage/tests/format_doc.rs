@@ -249,6 +249,14 @@ fn the_records_have_the_fields_that_the_document_lists() {
             logged_ms,
             next_seq
         }),
+        archived!(ArchivedRelocatedTaskRecordV1<'static> {
+            task, from, at_ms, due_ms, outcome, outcome_bytes, max_age_s, generation, attempt,
+            state, retries, holds_key
+        }),
+        archived!(ArchivedRelocatedOutcomeRecordV1<'static> { outcome, from }),
+        archived!(ArchivedRelocatedNameRecordV1<'static> {
+            request, payload_hash, function, key, task_id
+        }),
     ];
     for (schema, mut fields) in Schema::ALL.into_iter().zip(layouts) {
         fields.sort();

@@ -2,6 +2,7 @@
 //! runs it after every step; it is far too slow for anything else.
 
 use crate::{
+    flow::clean::NAME_LIVE_BYTES,
     shard::{Fact, Shard},
     state::State,
     table::task::{FLAG_KEY_HEAD, List, NIL},
@@ -63,6 +64,7 @@ impl Shard {
             }
         }
         let (mut loose, mut outcomes) = (0, 0u64);
+        let mut live_bytes = self.names.len() as u64 * NAME_LIVE_BYTES;
         let mut beyond = alloc::vec![0u32; self.lanes.len()];
         let mut waiting = alloc::vec![0u64; self.queues.len()];
         let unsettled = self
@@ -84,7 +86,10 @@ impl Shard {
                 | Fact::Moved { .. }
                 | Fact::Config { .. }
                 | Fact::Clock { .. }
-                | Fact::ConfigComplete { .. } => {}
+                | Fact::ConfigComplete { .. }
+                | Fact::Relocated { .. }
+                | Fact::OutcomeRelocated { .. }
+                | Fact::NameRelocated { .. } => {}
             }
         }
         for slot in 0..self.tasks.used() {
@@ -105,6 +110,7 @@ impl Shard {
                 | State::Expired
                 | State::Invalid => {}
             }
+            live_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
             loose += u32::from(task.prev == NIL && task.next == NIL);
             outcomes += u64::from(task.state().terminal() && task.at != 0);
             if matches!(task.state(), State::Scheduled | State::Retrying) {
@@ -160,6 +166,7 @@ impl Shard {
                 "slot {slot} has a grace and is {state}"
             );
         }
+        assert_eq!(self.live_bytes, live_bytes, "bytes that are needed");
         let references: u64 = self.segments.iter().map(|&count| u64::from(count)).sum();
         let expected = u64::from(self.tasks.live()) + self.names.len() as u64 + outcomes;
         assert_eq!(

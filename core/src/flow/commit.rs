@@ -97,6 +97,7 @@ impl Shard {
                 retries,
                 due_ms,
                 position,
+                record_bytes,
                 code,
             } => {
                 let Some(slot) = self.tasks.find(request) else {
@@ -118,7 +119,8 @@ impl Shard {
                     self.due.insert((due_ms, slot));
                     self.own_age(slot);
                 } else {
-                    self.finish(slot, state, position, code, durable, effects);
+                    let outcome = (position, record_bytes);
+                    self.finish(slot, state, outcome, code, durable, effects);
                 }
             }
             Fact::Moved { request, state } => {
@@ -132,7 +134,7 @@ impl Shard {
                 } else if state.terminal() {
                     let function = self.tasks[slot].function;
                     self.detach(slot);
-                    self.finish(slot, state, Lsn(0), Code::Ok, durable, effects);
+                    self.finish(slot, state, (Lsn(0), 0), Code::Ok, durable, effects);
                     self.arm_lane_age(function);
                     self.wake_lane(function);
                 }
@@ -140,6 +142,25 @@ impl Shard {
             Fact::Config { version, change } => self.apply_change(version, *change),
             Fact::Clock { next_seq } => self.next_seq = self.next_seq.max(next_seq),
             Fact::ConfigComplete { segment } => self.config_segment = segment,
+            Fact::Relocated {
+                request,
+                from,
+                to,
+                record_bytes,
+                name,
+            } => self.apply_relocated(request, from, to, record_bytes, name),
+            Fact::OutcomeRelocated {
+                request,
+                from,
+                to,
+                record_bytes,
+            } => self.apply_outcome_relocated(request, from, to, record_bytes),
+            Fact::NameRelocated {
+                request,
+                payload_hash,
+                name,
+                to,
+            } => self.apply_name_relocated(request, payload_hash, name, to),
         }
     }
 
@@ -148,14 +169,7 @@ impl Shard {
         let segment = self.segment_of(accepted.position);
         if self.replaying {
             self.next_seq = self.next_seq.max(accepted.request.seq() + 1);
-            if self.tasks.get(slot).is_some() {
-                // The log's beginning is gone, and with it the finished tasks that pushed this one out.
-                assert!(
-                    self.tasks[slot].state().terminal(),
-                    "only a finished task's slot is used again"
-                );
-                self.forget(slot);
-            }
+            self.vacate(slot);
             // Where the log's beginning is gone, tasks come before the record of their function.
             self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
             self.queue_mut(accepted.tenant).waiting += 1;
@@ -171,6 +185,7 @@ impl Shard {
         task.waiter = accepted.waiter;
         task.set(accepted.flags);
         task.set_max_age_s(accepted.max_age_s);
+        self.live_bytes += u64::from(task.record_bytes());
         self.tasks.insert(slot, task);
         self.reference(segment);
         if accepted.name != 0 {
@@ -179,14 +194,7 @@ impl Shard {
                 payload_hash: accepted.payload_hash,
                 segment: segment as u32,
             };
-            if let Some(before) = self.names.remove(accepted.name) {
-                // Its window was over before this one came, which only a replay still sees: see `forgotten_names`.
-                self.dereference(u64::from(before.segment));
-            }
-            self.names.insert(accepted.name, name);
-            self.name_ages
-                .push((accepted.name, accepted.request.accepted_ms()));
-            self.reference(segment);
+            self.enter_name(accepted.name, name);
         }
         if accepted.leased {
             return;
@@ -362,7 +370,7 @@ impl Shard {
         &mut self,
         slot: u32,
         state: State,
-        position: Lsn,
+        (position, record_bytes): (Lsn, u32),
         code: Code,
         durable: Option<Durable<'_>>,
         effects: &mut Effects,
@@ -389,6 +397,7 @@ impl Shard {
         let task = &mut self.tasks[slot];
         task.set_state(state);
         task.at = position.0;
+        task.set_outcome_bytes(record_bytes);
         task.holder = NIL;
         let own_age = task.has(FLAG_OWN_AGE);
         let key = task.key;
@@ -399,6 +408,7 @@ impl Shard {
             self.drop_own_age(slot);
         }
         if position.0 != 0 {
+            self.live_bytes += u64::from(self.tasks[slot].outcome_bytes());
             self.reference(self.segment_of(position));
         }
         if self.tasks[slot].waiter != NIL {
@@ -407,6 +417,11 @@ impl Shard {
         if key != NIL {
             self.leave_key(slot, state);
         }
+        self.keep_finished(slot);
+    }
+
+    /// Keeps a finished task for queries; the oldest of them goes where there are enough.
+    pub(crate) fn keep_finished(&mut self, slot: u32) {
         let mut finished = self.finished;
         self.tasks.push_back(&mut finished, slot);
         self.finished = finished;
@@ -512,33 +527,55 @@ impl Shard {
         if task.key == NIL || task.has(FLAG_KEY_HEAD) {
             return;
         }
-        let (index, function) = (task.key, task.function.0 as usize);
+        let index = task.key;
         let rival = core::mem::replace(&mut self.keys[index].head, slot);
         self.tasks[slot].set(FLAG_KEY_HEAD);
         if rival == NIL {
             return;
         }
+        self.keys[index].head = rival;
+        self.demote_head(index);
+        self.keys[index].head = slot;
+    }
+
+    /// Puts a key's head, which waits, in front of those behind it, and leaves the key without one.
+    pub(crate) fn demote_head(&mut self, index: u32) {
+        let head = core::mem::replace(&mut self.keys[index].head, NIL);
         assert!(
-            self.tasks[rival].state() == State::Enqueued,
+            self.tasks[head].state() == State::Enqueued,
             "a head beyond `Enqueued` keeps others from being leased"
         );
+        let function = self.tasks[head].function.0 as usize;
         let mut waiting = self.lanes[function].waiting;
-        self.tasks.unlink(&mut waiting, rival);
+        self.tasks.unlink(&mut waiting, head);
         self.lanes[function].waiting = waiting;
         self.lanes[function].behind_keys += 1;
-        self.tasks[rival].clear(FLAG_KEY_HEAD);
+        self.tasks[head].clear(FLAG_KEY_HEAD);
         let mut successors = self.keys[index].successors;
-        self.tasks.push_front(&mut successors, rival);
+        self.tasks.push_front(&mut successors, head);
         self.keys[index].successors = successors;
-        self.own_age(rival);
+        self.own_age(head);
+    }
+
+    /// Makes room for a task that a replay brings: the log's beginning is gone, and with it the finished tasks that pushed
+    /// out the one that is still in this slot.
+    pub(crate) fn vacate(&mut self, slot: u32) {
+        if let Some(task) = self.tasks.get(slot) {
+            assert!(
+                task.state().terminal(),
+                "only a finished task's slot is used again"
+            );
+            self.forget(slot);
+        }
     }
 
     /// Drops a finished task from memory.
-    fn forget(&mut self, slot: u32) {
+    pub(crate) fn forget(&mut self, slot: u32) {
         let mut finished = self.finished;
         self.tasks.unlink(&mut finished, slot);
         self.finished = finished;
         let task = self.tasks[slot];
+        self.live_bytes -= u64::from(task.record_bytes() + task.outcome_bytes());
         self.dereference(self.segment_of(task.position));
         if task.at != 0 {
             self.dereference(self.segment_of(Lsn(task.at)));
@@ -562,12 +599,23 @@ impl Shard {
         }
     }
 
-    fn reference(&mut self, segment: u64) {
+    pub(crate) fn reference(&mut self, segment: u64) {
+        if self.is_gone(segment) {
+            return;
+        }
         self.see_segment(segment);
         self.segments[(segment - self.first_segment) as usize] += 1;
     }
 
+    /// A replay meets moved records that name places in segments before the log's first.
+    fn is_gone(&self, segment: u64) -> bool {
+        self.replaying && segment < self.first_segment
+    }
+
     pub(crate) fn dereference(&mut self, segment: u64) {
+        if self.is_gone(segment) {
+            return;
+        }
         let count = &mut self.segments[(segment - self.first_segment) as usize];
         *count -= 1;
     }

@@ -295,6 +295,7 @@ impl Shard {
             retries,
             due_ms,
             position: placed.lsn,
+            record_bytes: placed.bytes,
             code,
         });
         self.note(Urgency::Soon);

@@ -3,6 +3,7 @@
 mod admit;
 mod append;
 mod audit;
+pub(crate) mod clean;
 mod commit;
 mod complete;
 mod configure;

@@ -8,7 +8,7 @@ use crate::{
     event::Effects,
     flow::admit::{key_hash, name_hash},
     id::{ConnectionId, FunctionId, Lsn, RequestId, TenantId, Token},
-    record::{RECORD_HEADER_BYTES, Record, Unreadable, read},
+    record::{ArchivedTaskRecordV1, RECORD_HEADER_BYTES, Record, Unreadable, read},
     shard::{Accepted, Fact, Shard},
     state::State,
     table::task::{FLAG_MEMORY, FLAG_META, NIL},
@@ -22,33 +22,7 @@ impl Shard {
         let record_bytes = (RECORD_HEADER_BYTES + body.len()) as u32;
         let (fact, at_ms) = match read(schema, body)? {
             Record::Task(task) => {
-                let function = FunctionId(task.function.to_native());
-                let (task_id, key) = (task.task_id.as_bytes(), task.key.as_bytes());
-                let seed = self.options.seed;
-                let meta =
-                    task_id.len() + key.len() + task.content_type.len() + task.traceparent.len()
-                        > 0;
-                let accepted = Accepted {
-                    request: task.request(),
-                    tenant: TenantId(task.tenant.to_native()),
-                    function,
-                    position,
-                    record_bytes,
-                    due_ms: task.due_ms.to_native(),
-                    max_age_s: task.max_age_s.to_native(),
-                    cost: task.cost.to_native().max(1),
-                    flags: if meta { FLAG_META } else { 0 }
-                        | if task.durability == 1 { FLAG_MEMORY } else { 0 },
-                    name: if task_id.is_empty() {
-                        0
-                    } else {
-                        name_hash(seed, function, key, task_id)
-                    },
-                    key: key_hash(seed, function, key),
-                    payload_hash: task.payload_hash.to_native(),
-                    leased: false,
-                    waiter: NIL,
-                };
+                let accepted = self.accepted_of(task, position, record_bytes);
                 (Fact::Accepted(accepted), accepted.request.accepted_ms())
             }
             Record::Lease(lease) => {
@@ -74,6 +48,7 @@ impl Shard {
                     retries: outcome.retries,
                     due_ms: outcome.due_ms.to_native(),
                     position,
+                    record_bytes,
                     code: Code::from_number(outcome.code.to_native()).ok_or(unreadable)?,
                 };
                 (fact, outcome.at_ms.to_native())
@@ -93,6 +68,38 @@ impl Shard {
                     0,
                 )
             }
+            Record::RelocatedTask(relocated) => {
+                let state = State::from_number(relocated.state).ok_or(unreadable)?;
+                let accepted = self.accepted_of(&relocated.task, position, record_bytes);
+                self.see_segment(self.segment_of(position));
+                self.now.logged_ms = self.now.logged_ms.max(relocated.at_ms.to_native());
+                self.replay_relocated(relocated, accepted, state);
+                return Ok(());
+            }
+            Record::RelocatedOutcome(relocated) => {
+                let fact = Fact::OutcomeRelocated {
+                    request: RequestId(relocated.outcome.request.to_native()),
+                    from: Lsn(relocated.from.to_native()),
+                    to: position,
+                    record_bytes,
+                };
+                (fact, relocated.outcome.at_ms.to_native())
+            }
+            Record::RelocatedName(name) => {
+                let function = FunctionId(name.function.to_native());
+                let fact = Fact::NameRelocated {
+                    request: RequestId(name.request.to_native()),
+                    payload_hash: name.payload_hash.to_native(),
+                    name: name_hash(
+                        self.options.seed,
+                        function,
+                        name.key.as_bytes(),
+                        name.task_id.as_bytes(),
+                    ),
+                    to: position,
+                };
+                (fact, 0)
+            }
             Record::Clock(clock) => {
                 self.clock_segment = Some(self.segment_of(position));
                 (
@@ -109,9 +116,43 @@ impl Shard {
         Ok(())
     }
 
+    fn accepted_of(
+        &self,
+        task: &ArchivedTaskRecordV1<'_>,
+        position: Lsn,
+        record_bytes: u32,
+    ) -> Accepted {
+        let function = FunctionId(task.function.to_native());
+        let (task_id, key) = (task.task_id.as_bytes(), task.key.as_bytes());
+        let seed = self.options.seed;
+        let meta = task_id.len() + key.len() + task.content_type.len() + task.traceparent.len() > 0;
+        Accepted {
+            request: task.request(),
+            tenant: TenantId(task.tenant.to_native()),
+            function,
+            position,
+            record_bytes,
+            due_ms: task.due_ms.to_native(),
+            max_age_s: task.max_age_s.to_native(),
+            cost: task.cost.to_native().max(1),
+            flags: if meta { FLAG_META } else { 0 }
+                | if task.durability == 1 { FLAG_MEMORY } else { 0 },
+            name: if task_id.is_empty() {
+                0
+            } else {
+                name_hash(seed, function, key, task_id)
+            },
+            key: key_hash(seed, function, key),
+            payload_hash: task.payload_hash.to_native(),
+            leased: false,
+            waiter: NIL,
+        }
+    }
+
     /// The log has been read: the shard is ready to step. Leases that it found start again with a full term.
     pub fn start(&mut self, now: Now) {
         assert!(self.replaying, "a shard starts once");
+        self.restore_order();
         self.replaying = false;
         self.now = Now {
             mono_ns: now.mono_ns,

@@ -3,6 +3,7 @@
 
 use crate::{
     error::Code,
+    flow::clean::NAME_LIVE_BYTES,
     id::FunctionId,
     record::{BatchSpace, record_bytes},
     shard::Shard,
@@ -130,6 +131,7 @@ impl Shard {
                 .get(name)
                 .is_some_and(|known| known.request.accepted_ms() == accepted_ms);
             if current && let Some(known) = self.names.remove(name) {
+                self.live_bytes -= NAME_LIVE_BYTES;
                 self.dereference(u64::from(known.segment));
             }
         }

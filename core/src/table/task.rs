@@ -64,7 +64,7 @@ pub struct Task {
     pub attempt: u16,
     /// Length of its record in units of 32 bytes, rounded up.
     pub record_units: u16,
-    /// Cost in the round robin.
+    /// Cost in the round robin. Finished: the length of its outcome's record, in the same units as `record_units`.
     pub cost: u16,
 }
 
@@ -171,9 +171,33 @@ impl Task {
         }
     }
 
+    /// Its running number, which grows with its acceptance.
+    pub fn seq(&self) -> u64 {
+        self.word >> 24
+    }
+
     /// Bytes of its record, rounded up to whole units.
     pub fn record_bytes(&self) -> u32 {
         u32::from(self.record_units) * RECORD_UNIT_BYTES
+    }
+
+    /// Notes the length of its record.
+    pub fn set_record_bytes(&mut self, bytes: u32) {
+        self.record_units = bytes.div_ceil(RECORD_UNIT_BYTES) as u16;
+    }
+
+    /// Bytes of a finished task's outcome record, rounded up to whole units; 0 where there is none.
+    pub fn outcome_bytes(&self) -> u32 {
+        if self.state().terminal() {
+            u32::from(self.cost) * RECORD_UNIT_BYTES
+        } else {
+            0
+        }
+    }
+
+    /// Notes the length of a finished task's outcome record.
+    pub fn set_outcome_bytes(&mut self, bytes: u32) {
+        self.cost = bytes.div_ceil(RECORD_UNIT_BYTES) as u16;
     }
 }
 

@@ -448,6 +448,38 @@ impl<'a> Row<'a> {
                 put("name", (&*config.name).into());
                 ("config", None, None)
             }
+            Record::RelocatedTask(relocated) => {
+                put("from", relocated.from.to_native().into());
+                put("state", state(relocated.state).into());
+                let generation = relocated.generation.to_native();
+                let attempt = relocated.attempt.to_native();
+                put("token", token(generation, attempt).into());
+                put("at_ms", relocated.at_ms.to_native().into());
+                if relocated.due_ms.to_native() > 0 {
+                    put("due_ms", relocated.due_ms.to_native().into());
+                }
+                let payload = &*relocated.task.payload;
+                put("payload_bytes", payload.len().into());
+                let request = relocated.task.request();
+                ("relocated_task", Some(request), Some(payload))
+            }
+            Record::RelocatedOutcome(relocated) => {
+                put("from", relocated.from.to_native().into());
+                put("state", state(relocated.outcome.state).into());
+                let result = &*relocated.outcome.result;
+                put("result_bytes", result.len().into());
+                let request = RequestId(relocated.outcome.request.to_native());
+                ("relocated_outcome", Some(request), Some(result))
+            }
+            Record::RelocatedName(name) => {
+                put("function", name.function.to_native().into());
+                put("task_id", (&*name.task_id).into());
+                if !name.key.is_empty() {
+                    put("key", (&*name.key).into());
+                }
+                let request = RequestId(name.request.to_native());
+                ("relocated_name", Some(request), None)
+            }
             Record::Clock(clock) => {
                 put("logged_ms", clock.logged_ms.to_native().into());
                 put("next_seq", clock.next_seq.to_native().into());

@@ -709,6 +709,9 @@ fn describe_counters(counters: &pelton_core::event::Counters) -> Value {
         "finished": counters.finished,
         "names": counters.names,
         "fetched_bytes": counters.fetched_bytes,
+        "live_bytes": counters.live_bytes,
+        "relocated": counters.relocated,
+        "relocated_bytes": counters.relocated_bytes,
     })
 }
 

@@ -1,0 +1,662 @@
+//! Clean: the log's oldest segment is read back, and what still lives in it is written anew at the log's end, so that
+//! the segment can go. Without it one task that is delayed by a month would keep a month of the log.
+//!
+//! A record that is moved says everything that the records since the task's acceptance have said of it, because those
+//! may go too. Its position changes when the new record is durable, if it still is where it was read: until then, and
+//! after a crash, the old one counts.
+//!
+//! Cleaning starts when more than half of the log is dead. It takes the oldest segment, so that the log stays one
+//! stretch, and a bounded number of bytes a step.
+
+use alloc::vec::Vec;
+
+use crate::{
+    event::{Effects, Inbox, Scanned, Urgency},
+    flow::admit::{key_hash, name_hash},
+    id::{ConnectionId, FunctionId, Lsn, RequestId, Token},
+    limits::{BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_SEGMENTS_MIN},
+    record::{
+        ArchivedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, ArchivedTaskRecordV1, BatchSpace,
+        Record, RelocatedNameRecordV1, RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema,
+        read_whole, record_bytes,
+    },
+    shard::{Accepted, Fact, Key, Name, Shard},
+    state::State,
+    table::task::*,
+};
+
+/// A segment whose rest could not be read is tried again after this long.
+const AGAIN_NS: u64 = 10_000_000_000;
+/// What a name without its task counts for among the live bytes.
+pub(crate) const NAME_LIVE_BYTES: u64 = 192;
+
+/// How far cleaning is. Volatile: a start begins anew.
+#[derive(Debug, Default)]
+pub(crate) struct Cleaning {
+    /// Batches were asked for and have not come.
+    asked: bool,
+    /// Batches being gone through, and the index of the next record in them.
+    held: Option<Scanned>,
+    index: usize,
+    /// The segment that was gone through last, and until when it is left alone.
+    done: Option<(u64, u64)>,
+    stopped: bool,
+}
+
+impl Cleaning {
+    /// True if there are records to go on with.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.held.is_some()
+    }
+}
+
+/// What became of one record that was looked at.
+enum Looked {
+    Done,
+    /// A fact about its task is on its way to the disk, or a read of it is under way: what a new record would say is
+    /// not known yet.
+    Wait,
+    Full,
+}
+
+impl Shard {
+    /// Moves nothing any more: the shard is about to end. What has been moved is flushed.
+    pub fn stop_cleaning(&mut self) {
+        if !self.cleaning.stopped {
+            self.cleaning.stopped = true;
+            self.cleaning.held = None;
+            self.note(Urgency::Soon);
+        }
+    }
+
+    pub(crate) fn clean(
+        &mut self,
+        inbox: &mut Inbox,
+        space: &mut BatchSpace<'_>,
+        effects: &mut Effects,
+    ) {
+        if let Some(scanned) = inbox.scanned.take() {
+            self.cleaning.asked = false;
+            self.cleaning.index = 0;
+            self.cleaning.held = Some(scanned).filter(|_| !self.cleaning.stopped);
+        }
+        let Some(held) = self.cleaning.held.take() else {
+            self.start_cleaning(effects);
+            return;
+        };
+        let mut budget = CLEAN_BYTES_STEP;
+        while let Some(&at) = held.records.get(self.cleaning.index) {
+            let position = Lsn(held.start.0 + u64::from(at));
+            let record = &held.bytes[at as usize..];
+            let looked = if budget == 0 {
+                Looked::Wait
+            } else {
+                self.look_at(position, record, space)
+            };
+            match looked {
+                Looked::Done => {
+                    self.cleaning.index += 1;
+                    let next = held.records.get(self.cleaning.index);
+                    let bytes = next.map_or(0, |&next| (next - at) as usize);
+                    budget = budget.saturating_sub(bytes);
+                }
+                Looked::Wait => {
+                    self.cleaning.held = Some(held);
+                    return;
+                }
+                Looked::Full => {
+                    effects.full = true;
+                    self.cleaning.held = Some(held);
+                    return;
+                }
+            }
+        }
+        if let Some(next) = held.next {
+            self.cleaning.asked = true;
+            effects.scan = Some(next);
+        } else {
+            let until_ns = self.now.mono_ns + AGAIN_NS;
+            self.cleaning.done = Some((self.segment_of(held.start), until_ns));
+            self.note(Urgency::Soon);
+        }
+    }
+
+    /// Asks for the oldest segment if it is worth it.
+    fn start_cleaning(&mut self, effects: &mut Effects) {
+        let oldest = self.first_segment;
+        let segment_bytes = self.options.segment_bytes;
+        let closed = (self.segments.len() as u64).saturating_sub(1);
+        let left_alone =
+            |&(segment, until_ns): &(u64, u64)| segment == oldest && self.now.mono_ns < until_ns;
+        if self.cleaning.asked
+            || self.cleaning.stopped
+            || closed < CLEAN_SEGMENTS_MIN
+            || closed * segment_bytes <= 2 * self.live_bytes
+            || self.segments[0] == 0
+            || self.cleaning.done.as_ref().is_some_and(left_alone)
+        {
+            return;
+        }
+        self.cleaning.asked = true;
+        effects.scan = Some(Lsn(oldest * segment_bytes));
+    }
+
+    /// Writes a record anew if something still lives there.
+    fn look_at(&mut self, position: Lsn, record: &[u8], space: &mut BatchSpace<'_>) -> Looked {
+        match read_whole(record) {
+            Ok(Record::Task(task)) => self.look_at_task(position, task, space),
+            Ok(Record::RelocatedTask(relocated)) => {
+                self.look_at_task(position, &relocated.task, space)
+            }
+            Ok(Record::Outcome(outcome)) => self.look_at_outcome(position, outcome, space),
+            Ok(Record::RelocatedOutcome(relocated)) => {
+                self.look_at_outcome(position, &relocated.outcome, space)
+            }
+            Ok(Record::RelocatedName(name)) => {
+                let function = FunctionId(name.function.to_native());
+                let hash = self.hash_of(function, &name.key, &name.task_id);
+                let request = RequestId(name.request.to_native());
+                self.look_at_name(
+                    position,
+                    request,
+                    hash,
+                    function,
+                    &name.key,
+                    &name.task_id,
+                    space,
+                )
+            }
+            // Leases, moves and times are in what a moved task says; configuration is carried forward by itself. A
+            // record that cannot be read keeps its segment by its references.
+            Ok(Record::Lease(_) | Record::Move(_) | Record::Config(_) | Record::Clock(_))
+            | Err(_) => Looked::Done,
+        }
+    }
+
+    fn look_at_task(
+        &mut self,
+        position: Lsn,
+        record: &ArchivedTaskRecordV1<'_>,
+        space: &mut BatchSpace<'_>,
+    ) -> Looked {
+        let request = record.request();
+        let function = FunctionId(record.function.to_native());
+        let name = self.hash_of(function, &record.key, &record.task_id);
+        let slot = self.tasks.find(request);
+        let Some(slot) = slot.filter(|&slot| self.tasks[slot].position == position) else {
+            return self.look_at_name(
+                position,
+                request,
+                name,
+                function,
+                &record.key,
+                &record.task_id,
+                space,
+            );
+        };
+        let task = self.tasks[slot];
+        if task.has(FLAG_BUSY | FLAG_FETCHING) {
+            return Looked::Wait;
+        }
+        let variable = record.task_id.len()
+            + record.key.len()
+            + record.content_type.len()
+            + record.traceparent.len()
+            + record.tags.len()
+            + record.payload.len();
+        if !self.has_room(variable, space) || space.len >= BATCH_BYTES_SEAL {
+            self.note(Urgency::Soon);
+            return Looked::Full;
+        }
+        let token = task.token();
+        let state = match task.state() {
+            // What was fetched waits again after a restart, and what has run before waits for its retry.
+            State::Enqueued | State::Dequeued if token.attempt > 0 => State::Retrying,
+            State::Dequeued => State::Enqueued,
+            state => state,
+        };
+        let due_ms = match (state, task.state()) {
+            (State::Retrying, State::Retrying) => task.at,
+            (State::Retrying, _) => self.now.logged_ms,
+            _ => 0,
+        };
+        let holds_key = state == State::Failed && !record.key.is_empty() && {
+            let key = key_hash(self.options.seed, function, record.key.as_bytes());
+            let key = self.keys_by_hash.get(key);
+            key.is_some_and(|&key| self.keys[key].held)
+        };
+        let relocated = RelocatedTaskRecordV1 {
+            task: record.to_record(),
+            from: position.0,
+            at_ms: self.now.logged_ms,
+            due_ms,
+            outcome: if state.terminal() { task.at } else { 0 },
+            outcome_bytes: task.outcome_bytes(),
+            max_age_s: if task.has(FLAG_OWN_AGE) {
+                task.max_age_s()
+            } else {
+                record.max_age_s.to_native()
+            },
+            generation: token.generation,
+            attempt: token.attempt,
+            state: state as u8,
+            retries: task.retries(),
+            holds_key: u8::from(holds_key),
+        };
+        let placed = space.append(Schema::RelocatedTask, &relocated);
+        self.large_in_batch |= placed.bytes as usize > crate::limits::RECORD_BYTES_LARGE;
+        self.note_relocated(placed.bytes);
+        self.open.facts.push(Fact::Relocated {
+            request,
+            from: position,
+            to: placed.lsn,
+            record_bytes: placed.bytes,
+            name,
+        });
+        Looked::Done
+    }
+
+    fn look_at_outcome(
+        &mut self,
+        position: Lsn,
+        record: &ArchivedOutcomeRecordV1<'_>,
+        space: &mut BatchSpace<'_>,
+    ) -> Looked {
+        let request = RequestId(record.request.to_native());
+        let lives = self.tasks.find(request).is_some_and(|slot| {
+            let task = &self.tasks[slot];
+            task.state().terminal() && task.at == position.0
+        });
+        if !lives {
+            return Looked::Done;
+        }
+        let variable = record.error.len() + record.output.len() + record.result.len();
+        if !self.has_room(variable, space) || space.len >= BATCH_BYTES_SEAL {
+            self.note(Urgency::Soon);
+            return Looked::Full;
+        }
+        let relocated = RelocatedOutcomeRecordV1 {
+            outcome: record.to_record(),
+            from: position.0,
+        };
+        let placed = space.append(Schema::RelocatedOutcome, &relocated);
+        self.large_in_batch |= placed.bytes as usize > crate::limits::RECORD_BYTES_LARGE;
+        self.note_relocated(placed.bytes);
+        self.open.facts.push(Fact::OutcomeRelocated {
+            request,
+            from: position,
+            to: placed.lsn,
+            record_bytes: placed.bytes,
+        });
+        Looked::Done
+    }
+
+    /// A name outlives its task's entry in memory by what is left of its window.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one record")]
+    fn look_at_name(
+        &mut self,
+        position: Lsn,
+        request: RequestId,
+        hash: u128,
+        function: FunctionId,
+        key: &str,
+        task_id: &str,
+        space: &mut BatchSpace<'_>,
+    ) -> Looked {
+        let known = if hash == 0 {
+            None
+        } else {
+            self.names.get(hash)
+        };
+        let known = known.filter(|known| {
+            known.request == request && u64::from(known.segment) == self.segment_of(position)
+        });
+        let Some(known) = known else {
+            return Looked::Done;
+        };
+        let payload_hash = known.payload_hash;
+        if space.room() < record_bytes(key.len() + task_id.len()) || space.len >= BATCH_BYTES_SEAL {
+            self.note(Urgency::Soon);
+            return Looked::Full;
+        }
+        let record = RelocatedNameRecordV1 {
+            request: request.0,
+            payload_hash,
+            function: function.0,
+            key,
+            task_id,
+        };
+        let placed = space.append(Schema::RelocatedName, &record);
+        self.note_relocated(placed.bytes);
+        self.open.facts.push(Fact::NameRelocated {
+            request,
+            payload_hash,
+            name: hash,
+            to: placed.lsn,
+        });
+        Looked::Done
+    }
+
+    fn note_relocated(&mut self, bytes: u32) {
+        self.counters.relocated += 1;
+        self.counters.relocated_bytes += u64::from(bytes);
+    }
+
+    /// The hash of a given name; 0 for none.
+    fn hash_of(&self, function: FunctionId, key: &str, task_id: &str) -> u128 {
+        if task_id.is_empty() {
+            return 0;
+        }
+        name_hash(
+            self.options.seed,
+            function,
+            key.as_bytes(),
+            task_id.as_bytes(),
+        )
+    }
+
+    /// A task's new record is durable.
+    pub(crate) fn apply_relocated(
+        &mut self,
+        request: RequestId,
+        from: Lsn,
+        to: Lsn,
+        record_bytes: u32,
+        name: u128,
+    ) {
+        if let Some(slot) = self.tasks.find(request)
+            && self.tasks[slot].position == from
+        {
+            self.live_bytes -= u64::from(self.tasks[slot].record_bytes());
+            let task = &mut self.tasks[slot];
+            task.position = to;
+            task.set_record_bytes(record_bytes);
+            self.live_bytes += u64::from(self.tasks[slot].record_bytes());
+            self.dereference(self.segment_of(from));
+            self.reference(self.segment_of(to));
+        }
+        self.move_name(name, request, to);
+    }
+
+    /// The new record of an outcome is durable.
+    pub(crate) fn apply_outcome_relocated(
+        &mut self,
+        request: RequestId,
+        from: Lsn,
+        to: Lsn,
+        record_bytes: u32,
+    ) {
+        if let Some(slot) = self.tasks.find(request)
+            && self.tasks[slot].state().terminal()
+            && self.tasks[slot].at == from.0
+        {
+            self.live_bytes -= u64::from(self.tasks[slot].outcome_bytes());
+            let task = &mut self.tasks[slot];
+            task.at = to.0;
+            task.set_outcome_bytes(record_bytes);
+            self.live_bytes += u64::from(self.tasks[slot].outcome_bytes());
+            self.dereference(self.segment_of(from));
+            self.reference(self.segment_of(to));
+        }
+    }
+
+    /// A name has a record here now.
+    fn move_name(&mut self, hash: u128, request: RequestId, to: Lsn) {
+        if hash == 0 {
+            return;
+        }
+        let segment = self.segment_of(to) as u32;
+        let known = self.names.get_mut(hash);
+        if let Some(known) = known.filter(|known| known.request == request) {
+            let before = core::mem::replace(&mut known.segment, segment);
+            self.dereference(u64::from(before));
+            self.reference(u64::from(segment));
+        }
+    }
+
+    /// The new record of a name is durable.
+    pub(crate) fn apply_name_relocated(
+        &mut self,
+        request: RequestId,
+        payload_hash: u64,
+        hash: u128,
+        to: Lsn,
+    ) {
+        if self.replaying {
+            let segment = self.segment_of(to) as u32;
+            self.enter_name(
+                hash,
+                Name {
+                    request,
+                    payload_hash,
+                    segment,
+                },
+            );
+            self.disordered = true;
+        }
+        self.move_name(hash, request, to);
+    }
+
+    /// A name gets its entry, unless it has been given again since, which only a replay sees.
+    pub(crate) fn enter_name(&mut self, hash: u128, name: Name) {
+        if let Some(before) = self.names.get(hash) {
+            if before.request.seq() >= name.request.seq() {
+                return;
+            }
+            // Its window was over before this one came: see `forgotten_names`.
+            let before = before.segment;
+            self.names.remove(hash);
+            self.live_bytes -= NAME_LIVE_BYTES;
+            self.dereference(u64::from(before));
+        }
+        self.names.insert(hash, name);
+        self.live_bytes += NAME_LIVE_BYTES;
+        self.name_ages.push((hash, name.request.accepted_ms()));
+        self.reference(u64::from(name.segment));
+    }
+
+    /// A moved record in a replay. Where the task's earlier records are in the log too, only its place is new; where
+    /// they are gone, they are made up for by what this one says.
+    pub(crate) fn replay_relocated(
+        &mut self,
+        record: &ArchivedRelocatedTaskRecordV1<'_>,
+        accepted: Accepted,
+        state: State,
+    ) {
+        let request = accepted.request;
+        if self.tasks.find(request).is_some() {
+            let from = Lsn(record.from.to_native());
+            let (to, bytes) = (accepted.position, accepted.record_bytes);
+            self.apply_relocated(request, from, to, bytes, accepted.name);
+            return;
+        }
+        self.disordered = true;
+        let window_over =
+            request.accepted_ms() + self.options.dedup_window_ms <= record.at_ms.to_native();
+        let accepted = Accepted {
+            max_age_s: record.max_age_s.to_native(),
+            name: if window_over { 0 } else { accepted.name },
+            key: if state.terminal() { 0 } else { accepted.key },
+            ..accepted
+        };
+        let token = Token {
+            generation: record.generation.to_native(),
+            attempt: record.attempt.to_native(),
+        };
+        let mut effects = Effects::default();
+        if state.terminal() {
+            if record.holds_key == 1 {
+                let function = accepted.function;
+                self.lane_mut(function, accepted.tenant);
+                let hash = key_hash(self.options.seed, function, record.task.key.as_bytes());
+                self.hold_key(function, hash);
+            }
+            self.replay_finished(record, accepted, state);
+            return;
+        }
+        self.apply(Fact::Accepted(accepted), None, &mut effects);
+        if token.attempt == 0 {
+            return;
+        }
+        let leased = Fact::Leased {
+            request,
+            token,
+            binding: NIL,
+            connection: ConnectionId(0),
+        };
+        self.apply(leased, None, &mut effects);
+        self.tasks[request.slot().0].set_retries(record.retries);
+        match state {
+            State::Retrying => {
+                let ended = Fact::Ended {
+                    request,
+                    state,
+                    retries: record.retries,
+                    due_ms: record.due_ms.to_native(),
+                    position: Lsn(0),
+                    record_bytes: 0,
+                    code: crate::error::Code::Ok,
+                };
+                self.apply(ended, None, &mut effects);
+            }
+            State::Stopping => {
+                self.apply(Fact::Moved { request, state }, None, &mut effects);
+            }
+            _ => {}
+        }
+    }
+
+    /// A finished task whose acceptance is gone from the log.
+    fn replay_finished(
+        &mut self,
+        record: &ArchivedRelocatedTaskRecordV1<'_>,
+        accepted: Accepted,
+        state: State,
+    ) {
+        let slot = accepted.request.slot().0;
+        self.next_seq = self.next_seq.max(accepted.request.seq() + 1);
+        self.vacate(slot);
+        self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
+        let mut task = Task::new(
+            accepted.request,
+            accepted.function,
+            accepted.position,
+            accepted.record_bytes,
+        );
+        task.set(accepted.flags);
+        task.set_state(state);
+        task.set_retries(record.retries);
+        task.attempt = record.attempt.to_native();
+        task.at = record.outcome.to_native();
+        task.set_outcome_bytes(record.outcome_bytes.to_native());
+        let outcome = Lsn(task.at);
+        self.live_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
+        self.tasks.insert(slot, task);
+        let segment = self.segment_of(accepted.position);
+        self.reference(segment);
+        if outcome.0 != 0 {
+            self.reference(self.segment_of(outcome));
+        }
+        if accepted.name != 0 {
+            self.enter_name(
+                accepted.name,
+                Name {
+                    request: accepted.request,
+                    payload_hash: accepted.payload_hash,
+                    segment: segment as u32,
+                },
+            );
+        }
+        self.keep_finished(slot);
+    }
+
+    /// A failure whose record was moved still holds its key.
+    fn hold_key(&mut self, function: FunctionId, hash: u128) {
+        let index = match self.keys_by_hash.get(hash) {
+            Some(&index) => index,
+            None => {
+                let index = self.keys.insert(Key {
+                    hash,
+                    function,
+                    head: NIL,
+                    successors: List::default(),
+                    members: 0,
+                    held: true,
+                });
+                self.keys_by_hash.insert(hash, index);
+                return;
+            }
+        };
+        let head = self.keys[index].head;
+        if head != NIL {
+            if self.tasks[head].state() != State::Enqueued {
+                return; // It went on since, and waits for another reason now.
+            }
+            self.demote_head(index);
+        }
+        self.keys[index].held = true;
+    }
+
+    /// What was moved came back behind what it was in front of, and leftovers came back that nothing needs: puts lanes,
+    /// keys and names in the order of acceptance, and forgets finished tasks whose outcome is gone.
+    pub(crate) fn restore_order(&mut self) {
+        if !core::mem::take(&mut self.disordered) {
+            return;
+        }
+        let mut slot = self.finished.head;
+        while slot != NIL {
+            let task = self.tasks[slot];
+            if task.at != 0 && self.segment_of(Lsn(task.at)) < self.first_segment {
+                self.forget(slot);
+            }
+            slot = task.next;
+        }
+        let members = self.keys.iter().filter(|key| key.members > 0);
+        let keys: Vec<u32> = members
+            .filter_map(|key| self.keys_by_hash.get(key.hash).copied())
+            .collect();
+        for index in keys {
+            let head = self.keys[index].head;
+            if self.keys[index].successors.count == 0 {
+                continue;
+            }
+            if head != NIL && self.tasks[head].state() == State::Enqueued {
+                self.demote_head(index);
+            }
+            let successors = self.sorted(self.keys[index].successors);
+            self.keys[index].successors = successors;
+            if self.keys[index].head == NIL && !self.keys[index].held {
+                self.advance_key(index);
+            }
+        }
+        for index in 0..self.lanes.len() {
+            let waiting = self.sorted(self.lanes[index].waiting);
+            self.lanes[index].waiting = waiting;
+        }
+        let mut ages = Vec::new();
+        while let Some(age) = self.name_ages.pop() {
+            ages.push(age);
+        }
+        ages.sort_unstable_by_key(|&(_, accepted_ms)| accepted_ms);
+        for age in ages {
+            self.name_ages.push(age);
+        }
+    }
+
+    /// The same tasks in the order of their acceptance.
+    fn sorted(&mut self, list: List) -> List {
+        let mut slots = Vec::with_capacity(list.count as usize);
+        let mut slot = list.head;
+        while slot != NIL {
+            slots.push(slot);
+            slot = self.tasks[slot].next;
+        }
+        // Stable, since it is fast where most of it is in order.
+        slots.sort_by_key(|&slot| self.tasks[slot].seq());
+        let mut list = List::default();
+        for slot in slots {
+            self.tasks.push_back(&mut list, slot);
+        }
+        list
+    }
+}
