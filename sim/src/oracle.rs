@@ -578,10 +578,14 @@ impl Oracle {
                     "what_is_moved_stays_true",
                     || format!("{request} was moved as {state} and is {known:?}"),
                 )?;
-                if !matches!(state, State::Running | State::Stopping) {
-                    // An attempt that was given back in memory is not found leased by a later start.
+                if known.state == State::Running
+                    && !matches!(state, State::Running | State::Stopping)
+                {
+                    // It was given back before, which is in no record but this: no later start finds it leased.
                     let running = self.running.entry(known.function).or_default();
                     running.remove(&request);
+                    self.task(request)?.state = State::Enqueued;
+                    self.met(State::Running, Event::Release);
                 }
             }
             Record::RelocatedOutcome(relocated) => {

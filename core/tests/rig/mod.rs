@@ -112,6 +112,11 @@ impl Rig {
                 record,
             });
         }
+        if let Some(from) = effects.scan.take() {
+            self.inbox.scanned = Some(self.scan(from));
+        }
+        let retired = self.shard.retire_before().0;
+        self.log.retain(|(base, _)| *base >= retired);
         for edge in &mut effects.edges {
             self.out.absorb(edge);
         }
@@ -123,6 +128,30 @@ impl Rig {
             (self.len, self.records) = (HEADER, 0);
             self.shard.on_sealed();
         }
+    }
+
+    /// The batches of a segment from here on, as one stretch.
+    fn scan(&self, from: Lsn) -> Scanned {
+        let segment = self.options.segment_bytes;
+        let mut scanned = Scanned {
+            start: from,
+            ..Scanned::default()
+        };
+        for (base, batch) in &self.log {
+            if base / segment != from.0 / segment || *base < from.0 {
+                continue;
+            }
+            scanned.bytes.resize((base - from.0) as usize, 0);
+            let start = scanned.bytes.len();
+            scanned.bytes.extend_from_slice(batch);
+            let mut at = HEADER;
+            while at < batch.len() {
+                scanned.records.push((start + at) as u32);
+                let bytes = u32::from_le_bytes(batch[at..at + 4].try_into().unwrap()) as usize;
+                at = (at + RECORD_HEADER_BYTES + bytes).next_multiple_of(RECORD_ALIGN);
+            }
+        }
+        scanned
     }
 
     pub fn read(&self, position: Lsn, bytes: u32) -> Vec<u8> {
@@ -145,6 +174,7 @@ impl Rig {
             if idle
                 && self.in_flight.is_none()
                 && self.inbox.fetched.is_empty()
+                && self.inbox.scanned.is_none()
                 && self.inbox.submits.is_empty()
             {
                 return;
