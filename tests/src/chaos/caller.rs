@@ -207,8 +207,8 @@ impl Stream {
     async fn turn(&mut self) -> Result<(), Broken> {
         match self.dice.below(100) {
             0..4 => self.repeat().await,
-            4..9 => self.stop().await,
-            9..17 => {
+            4..12 => self.stop().await,
+            12..17 => {
                 let asked = (0..8).filter_map(|_| self.recent()).collect();
                 self.ask(asked).await
             }
@@ -353,8 +353,11 @@ impl Stream {
         }
     }
 
+    /// Stops one of the last few, most of which have not ended.
     async fn stop(&mut self) -> Result<(), Broken> {
-        let Some(number) = self.recent() else {
+        let back = 1 + self.dice.below(BATCH_MAX / 4);
+        let last = (self.tasks.len() as u64).checked_sub(back);
+        let Some(number) = last.filter(|&number| self.request(number).is_some()) else {
             return Ok(());
         };
         let name = self.name(number);

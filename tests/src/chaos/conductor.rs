@@ -527,7 +527,7 @@ fn judge(folder: &Path, complete: bool) -> Result<Verdict, String> {
             judge.read(name, &text, complete && kind == "stream-");
         }
     }
-    Ok(judge.verdict())
+    Ok(judge.verdict(complete))
 }
 
 /// What is printed.

@@ -134,6 +134,8 @@ struct Case {
     /// The batch in which it was taken, where the answer said that it was new.
     taken_in: Option<u64>,
     request: Option<RequestId>,
+    /// The server has said no, at least once.
+    refused: bool,
     unknown: bool,
     missing: bool,
     seen: bool,
@@ -256,6 +258,7 @@ impl Judge {
                     intended_us: at_us,
                     taken_in: None,
                     request: None,
+                    refused: false,
                     unknown: false,
                     missing: false,
                     seen: false,
@@ -320,8 +323,8 @@ impl Judge {
         }
     }
 
-    /// Judges what was read.
-    pub fn verdict(mut self) -> Verdict {
+    /// Judges what was read. Of a run that was broken off it is not known what became of a task later.
+    pub fn verdict(mut self, complete: bool) -> Verdict {
         for runs in self.runs.values_mut() {
             runs.sort_by_key(|run| run.begun_us);
         }
@@ -334,7 +337,8 @@ impl Judge {
             let verdict = &mut self.verdict;
             let Some(request) = case.request else {
                 let was_executed = executed.contains(id);
-                if case.unknown {
+                // A run that was broken off leaves submissions without any answer.
+                if case.unknown || !case.refused {
                     verdict.unknown_outcome += 1;
                     verdict.unknown_executed += u64::from(was_executed);
                 } else if was_executed {
@@ -353,7 +357,11 @@ impl Judge {
                 *verdict.ended.entry(end.status.name()).or_default() += 1;
             }
             let kills = &self.kills_us;
-            case.judge(*id, request, runs, kills, &mut verdict.violations);
+            let violations = &mut verdict.violations;
+            case.judge(*id, request, runs, kills, violations);
+            if complete {
+                case.judge_rest(*id, request, violations);
+            }
         }
         self.judge_order();
         self.verdict
@@ -455,11 +463,12 @@ impl Case {
                         let what = format_args!("{id} {request} is new although it was there");
                         violations.add(Invariant::OneSubmitOneTask, what);
                     }
-                    self.taken_in = Some(*batch);
+                    self.taken_in.get_or_insert(*batch);
                 }
                 self.is(id, *request, violations);
             }
             Event::Refused { code, .. } => {
+                self.refused = true;
                 if *code == "ID_REUSED" {
                     let what = format_args!("{id} has another payload than it was given");
                     violations.add(Invariant::OneSubmitOneTask, what);
@@ -572,7 +581,19 @@ impl Case {
         })
     }
 
-    /// What can be said only when everything is known.
+    /// What must be known after everything has come to rest.
+    fn judge_rest(&self, id: Id, request: RequestId, violations: &mut Violations) {
+        if !self.seen && !self.missing {
+            let what = format_args!("{id} {request} was acknowledged and not seen again");
+            violations.add(Invariant::NothingIsLost, what);
+        }
+        if self.end.is_none() && !self.missing {
+            let what = format_args!("{id} {request} did not");
+            violations.add(Invariant::EveryTaskEnds, what);
+        }
+    }
+
+    /// What can be said only with the ledgers of all executors.
     fn judge(
         &self,
         id: Id,
@@ -581,10 +602,6 @@ impl Case {
         kills_us: &[u64],
         violations: &mut Violations,
     ) {
-        if !self.seen && !self.missing {
-            let what = format_args!("{id} {request} was acknowledged and not seen again");
-            violations.add(Invariant::NothingIsLost, what);
-        }
         if let Some(stopped_us) = self.stopped_us {
             if let Some(run) = runs.iter().find(|run| run.begun_us > stopped_us) {
                 let what = format_args!(
@@ -601,10 +618,6 @@ impl Case {
             }
         }
         let Some(end) = &self.end else {
-            if !self.missing {
-                let what = format_args!("{id} {request} did not");
-                violations.add(Invariant::EveryTaskEnds, what);
-            }
             return;
         };
         if end.status == TaskStatus::Succeeded && self.success(runs).is_none() {
