@@ -41,6 +41,8 @@ const WAIT: Duration = Duration::from_millis(30);
 const REST: Duration = Duration::from_secs(90);
 /// How often is looked whether it has.
 const LOOK: Duration = Duration::from_millis(100);
+/// A task that is not there is asked after a second time after this long.
+const AGAIN: Duration = Duration::from_millis(50);
 /// An answer of a live server that takes longer counts as none.
 const ANSWER: Duration = Duration::from_secs(20);
 
@@ -372,6 +374,7 @@ impl Stream {
             Ok(None) => Ok(()),
             // It has ended already.
             Err(Error::Refused(refusal)) if refusal.code == Code::FailedPrecondition => Ok(()),
+            answer if is_missing(&answer) => self.missed(number).await,
             Err(error) => self.no_answer(number, &error),
         }
     }
@@ -394,8 +397,17 @@ impl Stream {
                 Ok(())
             }
             Err(Error::Refused(refusal)) if refusal.code == Code::DeadlineExceeded => Ok(()),
+            answer if is_missing(&answer) => self.missed(number).await,
             Err(error) => self.no_answer(number, &error),
         }
+    }
+
+    /// A task was not there: whether it is there a moment later says which promise that broke.
+    async fn missed(&mut self, number: u64) -> Result<(), Broken> {
+        let id = self.id(number);
+        self.history.note(&Event::Late { id });
+        tokio::time::sleep(AGAIN).await;
+        self.ask(vec![number]).await
     }
 
     /// How a task is called: by its request id, or now and then by the name that it was given.
@@ -441,11 +453,22 @@ impl Stream {
             let mut questions = JoinSet::new();
             for &number in some {
                 let (client, name) = (self.client.clone(), self.name(number));
-                questions.spawn_local(async move { (number, in_time(client.get(&name)).await) });
+                questions.spawn_local(async move {
+                    let first = in_time(client.get(&name)).await;
+                    if !is_missing(&first) {
+                        return (number, false, first);
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                    (number, true, in_time(client.get(&name)).await)
+                });
             }
             let mut broken = None;
             while let Some(question) = questions.join_next().await {
-                let (number, answer) = question.map_err(|error| failed(&error))?;
+                let (number, late, answer) = question.map_err(|error| failed(&error))?;
+                if late {
+                    let id = self.id(number);
+                    self.history.note(&Event::Late { id });
+                }
                 let heard = match answer {
                     Ok(json) => self.described(number, &json),
                     Err(error) => self.no_answer(number, &error),
@@ -532,6 +555,10 @@ async fn in_time<T>(call: impl Future<Output = Result<T, Error>>) -> Result<T, E
         Ok(answer) => answer,
         Err(_) => Err(Error::ConnectionLost("no answer".into())),
     }
+}
+
+fn is_missing<T>(answer: &Result<T, Error>) -> bool {
+    matches!(answer, Err(Error::Refused(refusal)) if refusal.code == Code::NotFound)
 }
 
 fn failed(error: &impl std::fmt::Display) -> Broken {

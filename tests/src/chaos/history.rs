@@ -68,7 +68,9 @@ pub enum Event<'a> {
         attempts: u16,
         result: Option<&'a str>,
     },
-    /// The server says that there is no such task.
+    /// The server says that there is no such task. It is asked again a moment later.
+    Late { id: Id },
+    /// It says so a second time.
     Missing { id: Id },
     /// A stop was answered with this status.
     StopAnswered { id: Id, status: TaskStatus },
@@ -156,6 +158,7 @@ impl fmt::Display for Event<'_> {
                 let (status, result) = (status.name(), or_dash(result));
                 write!(f, "ended {id} {request} {status} {attempts} {result}")
             }
+            Event::Late { id } => write!(f, "late {id}"),
             Event::Missing { id } => write!(f, "missing {id}"),
             Event::StopAnswered { id, status } => write!(f, "stop {id} {}", status.name()),
             Event::Begun {
@@ -238,6 +241,9 @@ pub fn parse(line: &str) -> Option<(u64, Event<'_>)> {
             status: status(next()?)?,
             attempts: next()?.parse().ok()?,
             result: there(next()?),
+        },
+        "late" => Event::Late {
+            id: Id::parse(next()?)?,
         },
         "missing" => Event::Missing {
             id: Id::parse(next()?)?,

@@ -27,6 +27,8 @@ pub enum Invariant {
     NothingIsLost,
     /// An acknowledgement is given for what is on disk.
     AcknowledgedIsDurable,
+    /// A task that was acknowledged is there at once, and not only a moment later.
+    CallersReadTheirWrites,
     /// A task that was acknowledged ends, once everything has healed.
     EveryTaskEnds,
     /// A task has one end: neither its status nor its result changes afterwards.
@@ -58,6 +60,7 @@ impl Invariant {
         match self {
             Invariant::NothingIsLost => "nothing_is_lost",
             Invariant::AcknowledgedIsDurable => "acknowledged_is_durable",
+            Invariant::CallersReadTheirWrites => "callers_read_their_writes",
             Invariant::EveryTaskEnds => "every_task_ends",
             Invariant::OneEnd => "one_end",
             Invariant::OneSubmitOneTask => "one_submit_one_task",
@@ -272,6 +275,7 @@ impl Judge {
             | Event::Unknown { id, .. }
             | Event::Seen { id, .. }
             | Event::Ended { id, .. }
+            | Event::Late { id }
             | Event::Missing { id }
             | Event::StopAnswered { id, .. } => *id,
         };
@@ -508,6 +512,10 @@ impl Case {
             } => {
                 self.is(id, *request, violations);
                 self.stands(at_us, id, *status, *attempts, *result, violations);
+            }
+            Event::Late { .. } => {
+                let what = format_args!("{id} was not there when it was asked after");
+                violations.add(Invariant::CallersReadTheirWrites, what);
             }
             Event::Missing { .. } => {
                 if !self.missing {

@@ -182,9 +182,7 @@ async fn attempt(
             () = task.cancelled() => Err(TaskError::Stopped),
         },
     };
-    if let Err(stopped) = ended {
-        return Err(stopped);
-    }
+    ended?;
     if task.attempt() <= failing_attempts(ledger.seed, id, function) {
         begun.over(true, None).map_err(TaskError::failed)?;
         return Err(TaskError::failed("as planned"));
