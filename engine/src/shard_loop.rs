@@ -31,8 +31,13 @@ use crate::{
     stats::{ShardStats, Stage},
 };
 
-/// A batch that holds only outcomes waits this long for company.
-const SOON_NS: u64 = 150_000;
+/// A batch that holds only outcomes waits this long for company. The planted bug has all batches wait, and longer: those
+/// who wait for them were answered before.
+const SOON_NS: u64 = if cfg!(pelton_planted = "ack_before_device") {
+    5_000_000
+} else {
+    150_000
+};
 /// On a core of its own, a batch of so many records or fewer, with nothing behind it, is committed while the loop waits:
 /// what comes meanwhile is about as much, and is worked off in less time than the wait saves. On a shared core there is
 /// no such bound: the time of the wait is somebody else's.
@@ -291,8 +296,8 @@ impl ShardLoop {
     fn seal(&mut self, now: Now, inbox: &ShardInbox) -> bool {
         let wanted = match std::mem::take(&mut self.effects.urgency) {
             Urgency::Nothing => false,
-            Urgency::Now => true,
-            Urgency::Soon => {
+            Urgency::Now if !cfg!(pelton_planted = "ack_before_device") => true,
+            Urgency::Now | Urgency::Soon => {
                 let since = *self.soon_since_ns.get_or_insert(now.mono_ns);
                 now.mono_ns >= since + SOON_NS
             }

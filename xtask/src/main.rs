@@ -2,6 +2,7 @@
 
 mod bench;
 mod cargo;
+mod chaos;
 mod ci;
 mod sim;
 mod test;
@@ -17,8 +18,8 @@ use clap::Parser;
 enum Command {
     /// Install what the tests need, run them all, and end in one verdict line
     ///
-    /// The stages are formatting, tidy, clippy, every test of the workspace, the simulation and the planted bugs that
-    /// the simulation must find. A failing stage shows its output and does not keep the next ones from running.
+    /// The stages are formatting, tidy, clippy, every test of the workspace, the simulation, the planted bugs that the
+    /// simulation must find, and the kill loop. A failing stage shows its output and does not keep the next ones from running.
     Test,
     /// Run exactly what continuous integration runs: the script .ci/run
     Ci,
@@ -31,6 +32,8 @@ enum Command {
     Tidy,
     /// Run the simulation over many seeds, or again over one
     Sim(sim::Args),
+    /// Kill the server again and again under load, and judge what is left
+    Chaos(chaos::Args),
     /// Run `pelton bench` in release; everything behind `bench` is handed on
     Bench(bench::Args),
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
         Command::Sim(args) => sim::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error: io::Error| {

@@ -13,7 +13,7 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
-use crate::{cargo, tidy};
+use crate::{cargo, chaos, tidy};
 use progress::Progress;
 use tally::Tally;
 
@@ -26,6 +26,10 @@ const SIMULATION: &str = "sim/src/main.rs";
 
 /// A bug that is put in on purpose, and that the simulation must find.
 const PLANTED: &str = r#"--cfg pelton_planted="ack_before_flush""#;
+
+/// The kill loop's binary, and how often it kills a server here.
+const KILL_LOOP: &str = "tests/src/bin/pelton-chaos.rs";
+const KILLS: u64 = 20;
 
 /// What a stage did. A stage that is no test counts as one.
 struct Outcome {
@@ -84,6 +88,17 @@ pub fn run() -> io::Result<ExitCode> {
             // Other flags would have cargo build everything again, and again when they are gone.
             command.env("CARGO_TARGET_DIR", cargo::target(&root).join("planted"));
             alone(command, progress)
+        });
+    }
+
+    if root.join(KILL_LOOP).exists() {
+        verdict.stage("chaos", "20 kills lose nothing", |progress| {
+            let built = alone(cargo::cargo(&root, &chaos::BUILD), progress)?;
+            if built.failed > 0 {
+                return Ok(built);
+            }
+            let program = cargo::target(&root).join("release/pelton");
+            alone(chaos::kill_loop(&root, &program, KILLS), progress)
         });
     }
 

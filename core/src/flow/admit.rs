@@ -122,7 +122,11 @@ impl Shard {
                 };
                 answer.request = request;
                 answer.durable = task.durability == Durability::Disk;
-                at_once = !answer.durable || cfg!(pelton_planted = "ack_before_flush");
+                at_once = !answer.durable
+                    || cfg!(any(
+                        pelton_planted = "ack_before_flush",
+                        pelton_planted = "ack_before_device"
+                    ));
             }
             let target = if at_once {
                 effects.edge(edge)
