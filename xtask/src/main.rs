@@ -3,6 +3,7 @@
 mod bench;
 mod cargo;
 mod ci;
+mod fuzz;
 mod sim;
 mod test;
 mod tidy;
@@ -31,6 +32,8 @@ enum Command {
     Tidy,
     /// Run the simulation over many seeds, or again over one
     Sim(sim::Args),
+    /// Look for inputs that break what reads them: frames, records, a damaged log, settings, ids
+    Fuzz(fuzz::Args),
     /// Run `pelton bench` in release; everything behind `bench` is handed on
     Bench(bench::Args),
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
         Command::Sim(args) => sim::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error: io::Error| {
