@@ -183,6 +183,9 @@ pub fn records<'a>(
 struct Survey {
     segments: BTreeMap<u64, Segment>,
     dead: Vec<File>,
+    /// What the second copies of headers say where the first ones say something else. A file that was being recycled
+    /// looks so, and so does a file whose first copy another file's was written over.
+    overwritten: Vec<Segment>,
     leftovers: Vec<String>,
     next_file: u32,
     segment_bytes: u64,
@@ -197,6 +200,7 @@ impl Survey {
         let mut survey = Survey {
             segments: BTreeMap::new(),
             dead: Vec::new(),
+            overwritten: Vec::new(),
             leftovers: Vec::new(),
             next_file: 0,
             segment_bytes: options.segment_bytes,
@@ -215,15 +219,32 @@ impl Survey {
                 panic!("opening brings a file");
             };
             let file = File { id, number };
-            let Some(header) = read_header(device, id, &name)? else {
+            let Some((header, second)) = read_header(device, id, &name)? else {
                 survey.dead.push(file);
                 continue;
             };
+            if let Some(second) = second
+                && second.segment < u64::MAX / options.segment_bytes
+            {
+                survey.overwritten.push(Segment {
+                    number: second.segment,
+                    key: second.key,
+                    file,
+                });
+            }
             if header.log_id != options.log_id
                 || header.shard != options.shard
                 || header.segment_bytes != options.segment_bytes
             {
                 return Err(RecoverError::Foreign { file: name });
+            }
+            if header.segment >= u64::MAX / options.segment_bytes {
+                return Err(RecoverError::Corrupt {
+                    file: name,
+                    segment: header.segment,
+                    offset: 0,
+                    what: "no log is so long that it has a segment of this number",
+                });
             }
             let segment = Segment {
                 number: header.segment,
@@ -287,12 +308,13 @@ impl Survey {
     }
 }
 
-/// The header of a segment file, from whichever copy is whole; `None` for a file that never became a segment.
+/// The header of a segment file, from whichever copy is whole, and the second copy where it is whole too and another;
+/// `None` for a file that never became a segment.
 fn read_header<D: Device>(
     device: &mut D,
     file: crate::device::FileId,
     name: &str,
-) -> Result<Option<SegmentHeader>, RecoverError> {
+) -> Result<Option<(SegmentHeader, Option<SegmentHeader>)>, RecoverError> {
     let Output::Bytes(blocks) = device.perform(DeviceOp::Read {
         file,
         offset: 0,
@@ -306,9 +328,8 @@ fn read_header<D: Device>(
         None => Err(BadHeader::Damaged),
     });
     match copies {
-        [Ok(header), _] | [Err(BadHeader::Damaged | BadHeader::Zero), Ok(header)] => {
-            Ok(Some(header))
-        }
+        [Ok(header), second] => Ok(Some((header, second.ok().filter(|s| *s != header)))),
+        [Err(BadHeader::Damaged | BadHeader::Zero), Ok(header)] => Ok(Some((header, None))),
         [Err(BadHeader::Version(version)), _] | [_, Err(BadHeader::Version(version))] => {
             Err(RecoverError::Version {
                 file: name.to_owned(),
@@ -476,6 +497,12 @@ fn judge<D: Device>(
         }
     }
     judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
+    if judged.first > begun && !survey.segments.contains_key(&judged.first) {
+        return Err(survey.corrupt(
+            survey.start_of(begun),
+            "the last segment says that it is not needed any more itself",
+        ));
+    }
     let missing = (judged.first..=begun).find(|number| !survey.segments.contains_key(number));
     if let Some(missing) = missing {
         return Err(survey.corrupt(
@@ -504,6 +531,11 @@ fn judge<D: Device>(
             judged.report.records += u64::from(header.records);
             judged.report.bytes += header.bytes() as u64;
             judged.report.epoch = header.epoch;
+            if header.epoch == u64::MAX {
+                return Err(
+                    survey.corrupt(header.lsn, "no epoch can follow that of the batch here")
+                );
+            }
             judged.prev_crc = header.crc;
             judged.retired = judged.retired.max(header.retired);
             chained = true;
@@ -581,18 +613,17 @@ fn hand_on(
     }
 }
 
-/// True if a sound batch behind `end` was written when more than that was durable.
+/// True if a sound batch behind `end` was written when more than that was durable. Files whose header was overwritten
+/// are searched under both: at no time was more durable than the log's end is, unless the log was longer.
 fn find_witness<D: Device>(
     survey: &Survey,
     reader: &mut Reader<'_, D>,
     end: Lsn,
 ) -> Result<bool, RecoverError> {
     let from_segment = end.0 / survey.segment_bytes;
-    for segment in survey
-        .segments
-        .range(from_segment..)
-        .map(|(_, segment)| segment)
-    {
+    let later = survey.segments.range(from_segment..);
+    let segments = later.map(|(_, segment)| segment);
+    for segment in segments.chain(&survey.overwritten) {
         let mut offset = if segment.number == from_segment {
             (end.0 % survey.segment_bytes).max(SEGMENT_DATA_OFFSET)
         } else {

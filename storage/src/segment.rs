@@ -37,12 +37,16 @@ fn filling_name(number: u32) -> String {
     format!("filling-{number:06}.plt")
 }
 
+/// Files are numbered from 1 on, and a log never gets that far: a name with more is not of a log's making.
+const FILE_NUMBER_MAX: u32 = u32::MAX / 2;
+
 /// The file number in a segment's name.
 pub fn parse_segment_name(name: &str) -> Option<u32> {
     name.strip_prefix("segment-")?
         .strip_suffix(".plt")?
         .parse()
         .ok()
+        .filter(|number| *number <= FILE_NUMBER_MAX)
 }
 
 /// True for a file whose filling was cut short.

@@ -11,6 +11,7 @@ use pelton_core::{
     record::{ClockRecordV1, OutcomeRecordV1, Schema},
 };
 use pelton_storage::{
+    device::{Device, DeviceOp, Output},
     format::BLOCK_BYTES,
     log::{Log, LogEvent, Options},
     memory::{MemoryDevice, Random},
@@ -275,6 +276,46 @@ fn rot_in_what_was_accepted_is_named_and_nothing_is_touched() {
         assert_eq!(before.len(), OPTIONS.segment_bytes as usize);
     }
     assert_eq!(named, 60);
+}
+
+#[test]
+fn a_segment_whose_header_another_one_was_written_over_is_not_taken_for_an_empty_one() {
+    let mut rig = Rig::new(29);
+    while rig.log.as_mut().unwrap().stats().live_segments < 2 {
+        rig.append(20_000);
+        rig.run();
+    }
+    // Batches in the second segment, and the empty one of an idle log.
+    for _ in 0..4 {
+        rig.append(10);
+        rig.settle();
+    }
+    let accepted = rig.accepted;
+    let mut device = rig.log.take().unwrap().into_device();
+    let names = device.names();
+    let segments: Vec<&String> = names
+        .iter()
+        .filter(|name| parse_segment_name(name).is_some())
+        .collect();
+    let first = device.contents(segments[0])[..BLOCK_BYTES].to_vec();
+    let opened = device.perform(DeviceOp::Open {
+        name: segments[1].clone(),
+    });
+    let Ok(Output::File(file, _)) = opened else {
+        panic!("opening brings a file");
+    };
+    let misdirected = DeviceOp::Write {
+        file,
+        offset: 0,
+        data: first,
+    };
+    device.perform(misdirected).unwrap();
+    let (report, found) = rig.start(device);
+    assert!(
+        matches!(report, Err(RecoverError::Corrupt { .. })),
+        "{report:?} with {} of {accepted}",
+        found.len()
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod bench;
 mod cargo;
 mod chaos;
 mod ci;
+mod fuzz;
 mod sim;
 mod test;
 mod tidy;
@@ -34,6 +35,8 @@ enum Command {
     Sim(sim::Args),
     /// Kill the server again and again under load, and judge what is left
     Chaos(chaos::Args),
+    /// Look for inputs that break what reads them: frames, records, a damaged log, settings, ids
+    Fuzz(fuzz::Args),
     /// Run `pelton bench` in release; everything behind `bench` is handed on
     Bench(bench::Args),
 }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::run(),
         Command::Sim(args) => sim::run(&args),
         Command::Chaos(args) => chaos::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error: io::Error| {

@@ -6,7 +6,7 @@ use super::{Violation, manifest::Dependency, tree::Tree};
 pub const RULE: &str = "edges";
 
 /// Each crate and what it may import. `pelton-tests` looks at the whole and may import every crate.
-const EDGES: [(&str, &[&str]); 12] = [
+const EDGES: [(&str, &[&str]); 13] = [
     ("pelton-core", &[]),
     ("pelton-storage", &["pelton-core"]),
     ("pelton-engine", &["pelton-core", "pelton-storage"]),
@@ -33,6 +33,10 @@ const EDGES: [(&str, &[&str]); 12] = [
         &["pelton-core", "pelton-net", "pelton-client"],
     ),
     ("pelton-ffi", &["pelton-engine", "pelton-client"]),
+    (
+        "pelton-fuzz",
+        &["pelton-core", "pelton-net", "pelton-storage"],
+    ),
     ("xtask", &[]),
 ];
 

@@ -12,13 +12,14 @@ struct Home {
     optional: &'static [&'static str],
 }
 
-const HOMES: [Home; 8] = [
+const HOMES: [Home; 9] = [
     home("glommio", &["pelton-engine"], &["pelton-storage"]),
     home("io-uring", &[], &["pelton-storage"]),
     home("crossbeam", &["pelton-engine"], &[]),
     home("quinn", &["pelton-net", "pelton-client"], &[]),
     home("quinn-proto", &["pelton-net", "pelton-client"], &[]),
     home("rkyv", &["pelton-core", "pelton-storage"], &[]),
+    home("libfuzzer-sys", &[], &["pelton-fuzz"]),
     home("axum", &["pelton-gateway"], &[]),
     home(
         "hdrhistogram",
