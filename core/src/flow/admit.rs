@@ -13,8 +13,10 @@ use crate::{
     },
     id::{FunctionId, RequestId, SlotIndex, Token},
     limits::DELAY_MS_MAX,
+    planted::{Bug, planted},
     record::{BatchSpace, Schema, TaskRecordV1},
     shard::{Accepted, Fact, Shard, Waiter},
+    state::{Event, State},
     table::task::{FLAG_MEMORY, FLAG_META, NIL},
 };
 
@@ -122,7 +124,7 @@ impl Shard {
                 };
                 answer.request = request;
                 answer.durable = task.durability == Durability::Disk;
-                at_once = !answer.durable || cfg!(pelton_planted = "ack_before_flush");
+                at_once = !answer.durable || planted(Bug::AckBeforeFlush);
             }
             let target = if at_once {
                 effects.edge(edge)
@@ -242,6 +244,7 @@ impl Shard {
         }
         self.pending_names
             .get(&name)
+            .filter(|_| !planted(Bug::DuplicateForgotten))
             .map(|&(request, hash, number)| (request, hash, Some(number)))
     }
 
@@ -359,6 +362,7 @@ impl Shard {
                 attempt: 1,
             };
             self.append_lease(request, token, binding, space);
+            self.meet(State::Enqueued, Event::Lease);
             self.open.appended.leased_at_once += 1;
             let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
             let (connection, index) = self.executor_of(binding);
