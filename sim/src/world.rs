@@ -19,6 +19,8 @@ use pelton_storage::{
 
 use crate::{
     caller::{Administrator, Caller, Frame, Question},
+    coverage::{Coverage, Moment, Recovery},
+    damage::{Expected, expected, is_named},
     host::Host,
     oracle::{Check, Oracle, Violation, broken},
     swarm::{Fault, Plan, SEGMENT_BYTES},
@@ -111,8 +113,8 @@ pub struct Counts {
     pub crashes: u64,
     /// Logs that ended in a torn tail.
     pub torn: u64,
-    /// Faults by kind.
-    pub faults: BTreeMap<Fault, u64>,
+    /// What was reached.
+    pub coverage: Coverage,
     /// Turns of all shards.
     pub turns: u64,
     /// Logs that were poisoned.
@@ -121,8 +123,25 @@ pub struct Counts {
     pub recycled: u64,
     /// Segments that were dead when a process ended.
     pub retired: u64,
+    /// Disks with a damaged last batch that nothing vouched for, repaired before the start.
+    pub unvouched: u64,
     /// Records that could not be read after all tries.
     pub read_failures: u64,
+}
+
+impl Counts {
+    /// Adds those of another run.
+    pub fn add(&mut self, other: &Counts) {
+        self.crashes += other.crashes;
+        self.torn += other.torn;
+        self.coverage.add(&other.coverage);
+        self.turns += other.turns;
+        self.poisoned += other.poisoned;
+        self.recycled += other.recycled;
+        self.retired += other.retired;
+        self.unvouched += other.unvouched;
+        self.read_failures += other.read_failures;
+    }
 }
 
 /// All of it. Owned by one run.
@@ -164,6 +183,8 @@ pub struct World {
     pub(crate) handed_in: usize,
     next_fault: usize,
     crash_in_turn: bool,
+    crash_in_recovery: bool,
+    read_error_at_start: bool,
     pub(crate) healing: bool,
 }
 
@@ -172,16 +193,14 @@ impl World {
     pub fn new(plan: Plan, print: bool) -> World {
         let mut random = Random(plan.seed ^ 0x5151_5151);
         let mut oracle = Oracle::new(plan.shards);
-        oracle.may_exhaust = plan.waiting_bounds
-            || plan
-                .faults
-                .iter()
-                .any(|&(_, fault)| fault == Fault::NoSpace);
+        oracle.may_exhaust = plan.waiting_bounds || plan.knows(Fault::NoSpace);
         oracle.payload_bytes_max = plan.payload_bytes_max;
         oracle.dedup_window_ms = plan.dedup_window_ms;
         let disks = (0..plan.shards)
             .map(|_| MemoryDevice::new(random.draw(), BATCH_BYTES_MAX))
             .collect();
+        // The very first start may be cut short, too.
+        let crash_in_recovery = plan.knows(Fault::CrashInRecovery) && random.one_in(2);
         let callers = (0..plan.callers)
             .map(|index| Caller::new(index % plan.tenants))
             .collect();
@@ -218,9 +237,20 @@ impl World {
             handed_in: 0,
             next_fault: 0,
             crash_in_turn: false,
+            crash_in_recovery,
+            read_error_at_start: false,
             healing: false,
             plan,
         }
+    }
+
+    /// What was counted, the process that still runs included.
+    pub fn counts(&self) -> Counts {
+        let mut counts = self.counts.clone();
+        for host in &self.hosts {
+            counts.coverage.shard(host.shard.met());
+        }
+        counts
     }
 
     /// Runs the world to its rest.
@@ -245,7 +275,7 @@ impl World {
         self.oracle.at_rest()?;
         self.check_rest()?;
         // Once more from the disk: nothing that has ended may change, nothing may come back.
-        self.crash();
+        self.crash(Moment::BetweenTurns);
         self.restart()?;
         self.until_quiet("a restart at rest stays at rest", |world| {
             world.up && world.at_rest()
@@ -370,7 +400,7 @@ impl World {
             }
             Happening::OperatorRestarts { life } => {
                 if life == self.life && self.up {
-                    self.crash();
+                    self.crash(Moment::BetweenTurns);
                 }
             }
             Happening::Restart => self.restart()?,
@@ -443,7 +473,7 @@ impl World {
             self.trace.event(self.now_ns, &[2, shard as u64], || {
                 format!("power fails within a turn of shard {shard}")
             });
-            self.crash();
+            self.crash(Moment::AfterSeal);
             return Ok(());
         }
         self.trace
@@ -569,14 +599,27 @@ impl World {
         if !self.up || self.healing {
             return;
         }
-        *self.counts.faults.entry(fault).or_default() += 1;
+        self.counts.coverage.faults[fault as usize] += 1;
         self.trace.event(self.now_ns, &[6, fault as u64], || {
             format!("fault: {fault:?}")
         });
         let shard = self.random.below(u64::from(self.plan.shards)) as usize;
         let worker = self.random.below(self.workers.len() as u64) as usize;
         match fault {
-            Fault::Crash => self.crash(),
+            Fault::Crash => self.crash(Moment::BetweenTurns),
+            Fault::CrashInRecovery => {
+                self.crash_in_recovery = true;
+                self.crash(Moment::BetweenTurns);
+            }
+            Fault::ReadErrorAtStart => {
+                self.read_error_at_start = true;
+                self.crash(Moment::BetweenTurns);
+            }
+            Fault::LostWrite => self.hosts[shard].log.device().lose_next_write(),
+            Fault::MisdirectedWrite => self.hosts[shard].log.device().misdirect_next_write(),
+            Fault::Rot => {
+                self.hosts[shard].log.device().rot_somewhere();
+            }
             Fault::CrashInTurn => self.crash_in_turn = true,
             Fault::ReadError if self.random.one_in(2) => self.spoil(shard),
             Fault::ReadError => {
@@ -610,11 +653,14 @@ impl World {
     }
 
     /// The power fails.
-    fn crash(&mut self) {
+    fn crash(&mut self, moment: Moment) {
         self.counts.crashes += 1;
         self.life += 1;
         self.up = false;
-        for host in std::mem::take(&mut self.hosts) {
+        for mut host in std::mem::take(&mut self.hosts) {
+            let coverage = &mut self.counts.coverage;
+            coverage.shard(host.shard.met());
+            coverage.crash(moment, host.log.device().at_work());
             self.counts.recycled += host.log.stats().recycled;
             self.counts.read_failures += host.log.stats().read_failures;
             self.counts.retired += host.shard.retire_before().0 / SEGMENT_BYTES;
@@ -648,6 +694,11 @@ impl World {
         if self.up {
             return Ok(());
         }
+        if !self.disks_are_ready()? {
+            let delay = self.around(5_000_000);
+            self.after(delay, Happening::Restart);
+            return Ok(());
+        }
         let mut last_ms = 0;
         let mut found = Vec::new();
         for (index, mut device) in std::mem::take(&mut self.disks).into_iter().enumerate() {
@@ -664,11 +715,7 @@ impl World {
                 dedup_window_ms: self.plan.dedup_window_ms,
             };
             let mut shard = Shard::new(options);
-            let log_options = LogOptions {
-                shard: index as u16,
-                log_id: 42,
-                segment_bytes: SEGMENT_BYTES,
-            };
+            let log_options = log_options(index);
             let oracle = &mut self.oracle;
             oracle.recovery_begins(index);
             let mut seen = Ok(());
@@ -685,6 +732,11 @@ impl World {
             })?;
             self.oracle.recovery_ends(index)?;
             self.counts.torn += u64::from(matches!(report.outcome, Recovered::TornTail { .. }));
+            self.counts.coverage.recovery(match report.outcome {
+                Recovered::Empty => Recovery::Empty,
+                Recovered::Clean => Recovery::Clean,
+                Recovered::TornTail { .. } => Recovery::TornTail,
+            });
             self.trace
                 .event(self.now_ns, &[8, index as u64, report.records], || {
                     format!("shard {index}: {report:?}")
@@ -717,6 +769,72 @@ impl World {
         }
         self.administer_in(100_000);
         Ok(())
+    }
+
+    /// What damaged disks must come to, and starts that do not get to their end. False if this is one of them.
+    fn disks_are_ready(&mut self) -> Result<bool, Violation> {
+        let mut disks = std::mem::take(&mut self.disks);
+        for (index, device) in disks.iter_mut().enumerate() {
+            device.limit_space(usize::MAX);
+            let options = log_options(index);
+            let named = match expected(device, options)? {
+                Expected::Sound => continue,
+                Expected::Either => "a header that nobody needs".to_owned(),
+                Expected::Unvouched => {
+                    self.counts.unvouched += 1;
+                    "the last batch, which nothing vouches for".to_owned()
+                }
+                Expected::Named(places) => {
+                    self.counts.coverage.recovery(Recovery::Corrupt);
+                    is_named(device, options, &places)?
+                }
+            };
+            self.trace.event(self.now_ns, &[10, index as u64], || {
+                format!("disk {index} is damaged and gets repaired: {named}")
+            });
+            device.repair();
+        }
+        let fails = std::mem::take(&mut self.read_error_at_start);
+        let interrupted = std::mem::take(&mut self.crash_in_recovery);
+        if fails || interrupted {
+            let index = self.random.below(disks.len() as u64) as usize;
+            let operations = self.random.below(60) as u32;
+            let device = &mut disks[index];
+            let changes = device.changes();
+            if fails {
+                device.fail_next_read();
+            } else {
+                device.lose_power_after(operations);
+            }
+            let started = recover(&mut *device, log_options(index), &mut |_, _, _| Ok(())).is_ok();
+            if fails && started && !device.names().is_empty() {
+                broken(
+                    "a_failed_read_is_no_end",
+                    format!("shard {index} starts although a read failed"),
+                )?;
+            }
+            if fails && !started && device.changes() != changes {
+                broken(
+                    "a_refused_start_changes_nothing",
+                    format!("shard {index} changed its disk and could not read it"),
+                )?;
+            }
+            let at = device.power_failed_at();
+            self.trace.event(self.now_ns, &[11, index as u64], || {
+                format!("the start ends early at shard {index}: {at:?}")
+            });
+            let coverage = &mut self.counts.coverage;
+            if fails {
+                coverage.recovery(Recovery::ReadFailed);
+            } else {
+                self.counts.crashes += 1;
+                coverage.recovery(Recovery::Interrupted);
+                coverage.crash(Moment::InRecovery, at);
+            }
+            device.crash();
+        }
+        self.disks = disks;
+        Ok(!fails && !interrupted)
     }
 
     /// Shard 0 orders configuration. A crash between its log and another's leaves that one behind: before anybody is
@@ -761,15 +879,18 @@ impl World {
         self.healing = true;
         self.trace
             .event(self.now_ns, &[9], || "everything heals".to_owned());
-        if self.hosts.iter().any(|host| host.poisoned) && self.up {
-            self.crash();
+        let hurt = |host: &mut Host| host.poisoned || !host.log.device().damage().is_empty();
+        if self.up && self.hosts.iter_mut().any(hurt) {
+            self.crash(Moment::BetweenTurns);
         }
         for shard in 0..self.hosts.len() {
-            self.hosts[shard].log.device().limit_space(usize::MAX);
+            self.hosts[shard].log.device().heal();
             self.hosts[shard].slow_until_ns = 0;
             self.hosts[shard].unreadable_until_ns = 0;
         }
         self.crash_in_turn = false;
+        self.crash_in_recovery = false;
+        self.read_error_at_start = false;
         self.heal_workers();
         self.heal_configuration();
         Ok(())
@@ -827,6 +948,14 @@ impl World {
             }
         }
         Ok(())
+    }
+}
+
+fn log_options(shard: usize) -> LogOptions {
+    LogOptions {
+        shard: shard as u16,
+        log_id: 42,
+        segment_bytes: SEGMENT_BYTES,
     }
 }
 

@@ -387,6 +387,12 @@ impl MemoryDevice {
         self.space = bytes;
     }
 
+    /// Faults that were asked for and have not struck do not strike any more.
+    pub fn heal(&mut self) {
+        self.failing = None;
+        self.space = usize::MAX;
+    }
+
     /// The names, for tests.
     pub fn names(&self) -> Vec<String> {
         self.names.keys().cloned().collect()
