@@ -56,13 +56,18 @@ pub const DISK_STEPS: usize = DeviceOp::NAMES.len() + 1;
 const IDLE: &str = "nothing";
 
 /// Pairs of the table of states that no shard comes to, with the reason.
-const UNREACHED: [(&[State], &[Event], &str); 5] = [
+const UNREACHED: [(&[State], &[Event], &str); 6] = [
     (
         &State::ALL,
         &[Event::Pause, Event::Resume, Event::Redrive],
         "no caller can ask for it",
     ),
     (&[State::Paused], &Event::ALL, "no caller can pause a task"),
+    (
+        &[State::Scheduled],
+        &[Event::Expire],
+        "a delayed task ages from when it is due",
+    ),
     (
         &[State::Stopping],
         &[Event::Release],
@@ -224,10 +229,10 @@ fn reachable(state: State, event: Event) -> bool {
 
 /// What a disk may be asked for at a moment.
 fn possible(moment: Moment, step: &str) -> bool {
-    let only_starting = matches!(step, "list" | "open");
-    let only_serving = matches!(step, "close");
     match moment {
-        Moment::BetweenTurns | Moment::AfterSeal => !only_starting,
-        Moment::InRecovery => !only_serving,
+        Moment::BetweenTurns => !matches!(step, "list" | "open"),
+        // The steps that take a disk a moment are met between turns.
+        Moment::AfterSeal => matches!(step, "read" | "write" | "zero" | "commit" | IDLE),
+        Moment::InRecovery => step != "close",
     }
 }

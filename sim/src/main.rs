@@ -55,6 +55,9 @@ struct Arguments {
     /// Wake this bug, in a build that has them, and succeed as soon as a seed finds it.
     #[arg(long, value_parser = bug)]
     planted: Option<Bug>,
+    /// Name the bugs that can be woken.
+    #[arg(long)]
+    list_planted: bool,
     /// Print the result as one JSON object.
     #[arg(long)]
     json: bool,
@@ -78,6 +81,12 @@ fn bug(name: &str) -> Result<Bug, String> {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.list_planted {
+        for bug in Bug::ALL {
+            println!("{}", bug.name());
+        }
+        return ExitCode::SUCCESS;
+    }
     catch_panics();
     if let Some(bug) = arguments.planted {
         wake(bug);

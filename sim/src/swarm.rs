@@ -35,6 +35,8 @@ pub enum Fault {
     CallerLost,
     /// The wall clock jumps.
     WallJump,
+    /// The power fails when a disk comes to one kind of operation.
+    CrashAtDisk,
     /// The power fails, and again while the logs are being recovered.
     CrashInRecovery,
     /// A start finds that a read fails.
@@ -56,7 +58,7 @@ impl Fault {
     }
 
     /// Every kind.
-    pub const ALL: [Fault; 18] = [
+    pub const ALL: [Fault; 19] = [
         Fault::Crash,
         Fault::CrashInTurn,
         Fault::ReadError,
@@ -70,6 +72,7 @@ impl Fault {
         Fault::ExecutorLost,
         Fault::CallerLost,
         Fault::WallJump,
+        Fault::CrashAtDisk,
         Fault::CrashInRecovery,
         Fault::ReadErrorAtStart,
         Fault::LostWrite,
@@ -183,6 +186,7 @@ impl Plan {
                 Fault::ExecutorLost => (r.one_in(2), 1 + r.below(20)),
                 Fault::CallerLost => (r.one_in(2), 1 + r.below(20)),
                 Fault::WallJump => (r.one_in(3), 1 + r.below(4)),
+                Fault::CrashAtDisk => (r.one_in(2), 1 + r.below(3)),
                 Fault::CrashInRecovery => (r.one_in(2), 1 + r.below(3)),
                 Fault::ReadErrorAtStart => (r.one_in(4), 1),
                 Fault::LostWrite | Fault::MisdirectedWrite | Fault::Rot => {
@@ -205,7 +209,7 @@ impl Plan {
             functions: 1 + r.below(4) as usize,
             tasks,
             faults,
-            pause_ns: [300_000, 2_000_000, 10_000_000][r.below(3) as usize],
+            pause_ns: [300_000, 2_000_000, 10_000_000, 60_000_000][r.below(4) as usize],
             frame_tasks: [1, 8, 32][r.below(3) as usize],
             caller_window: if tight { 1 } else { 1 + r.below(8) as usize },
             worker_window: if tight { 1 } else { 1 + r.below(4) as usize },

@@ -12,6 +12,7 @@ use pelton_core::{
     shard::{Options, Shard},
 };
 use pelton_storage::{
+    device::DeviceOp,
     log::Options as LogOptions,
     memory::{MemoryDevice, Random},
     recover::{Outcome as Recovered, recover},
@@ -183,6 +184,8 @@ pub struct World {
     pub(crate) handed_in: usize,
     next_fault: usize,
     crash_in_turn: bool,
+    /// The power fails when a disk comes to an operation of this kind.
+    crash_at_disk: Option<&'static str>,
     crash_in_recovery: bool,
     read_error_at_start: bool,
     pub(crate) healing: bool,
@@ -237,6 +240,7 @@ impl World {
             handed_in: 0,
             next_fault: 0,
             crash_in_turn: false,
+            crash_at_disk: None,
             crash_in_recovery,
             read_error_at_start: false,
             healing: false,
@@ -341,6 +345,12 @@ impl World {
                     self.trace.event(self.now_ns, &[1, shard as u64], || {
                         format!("disk {shard} has done one")
                     });
+                    let next = self.hosts[shard].log.device().at_work();
+                    if next.is_some() && next == self.crash_at_disk {
+                        self.crash_at_disk = None;
+                        self.crash(Moment::BetweenTurns);
+                        return Ok(());
+                    }
                     if self.hosts[shard].unreadable_until_ns > self.now_ns {
                         // Every try fails, and the record counts as lost for a while.
                         self.spoil(shard);
@@ -607,6 +617,10 @@ impl World {
         let worker = self.random.below(self.workers.len() as u64) as usize;
         match fault {
             Fault::Crash => self.crash(Moment::BetweenTurns),
+            Fault::CrashAtDisk => {
+                let kinds = DeviceOp::NAMES.len() as u64;
+                self.crash_at_disk = Some(DeviceOp::NAMES[self.random.below(kinds) as usize]);
+            }
             Fault::CrashInRecovery => {
                 self.crash_in_recovery = true;
                 self.crash(Moment::BetweenTurns);
@@ -798,13 +812,15 @@ impl World {
         let interrupted = std::mem::take(&mut self.crash_in_recovery);
         if fails || interrupted {
             let index = self.random.below(disks.len() as u64) as usize;
-            let operations = self.random.below(60) as u32;
+            let kind = DeviceOp::NAMES[self.random.below(DeviceOp::NAMES.len() as u64) as usize];
+            let before = self.random.below(4) as u32;
+            let before = if self.random.one_in(2) { 0 } else { before };
             let device = &mut disks[index];
             let changes = device.changes();
             if fails {
                 device.fail_next_read();
             } else {
-                device.lose_power_after(operations);
+                device.lose_power_at(kind, before);
             }
             let started = recover(&mut *device, log_options(index), &mut |_, _, _| Ok(())).is_ok();
             if fails && started && !device.names().is_empty() {
@@ -889,6 +905,7 @@ impl World {
             self.hosts[shard].unreadable_until_ns = 0;
         }
         self.crash_in_turn = false;
+        self.crash_at_disk = None;
         self.crash_in_recovery = false;
         self.read_error_at_start = false;
         self.heal_workers();

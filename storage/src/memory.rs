@@ -86,8 +86,8 @@ pub struct MemoryDevice {
     space: usize,
     /// What should stand in blocks that the disk has damaged, by file and number of the block.
     truth: BTreeMap<(usize, usize), Vec<u8>>,
-    /// Operations until the power fails while the disk is used to its end, and what it then was asked to do.
-    power_lasts: Option<u32>,
+    /// The kind of operation at which the power fails, and how many of it are done before; and whether it has failed.
+    power_fails: Option<(&'static str, u32)>,
     failed_at: Option<&'static str>,
     /// Changes of files and names so far.
     changes: u64,
@@ -110,7 +110,7 @@ impl MemoryDevice {
             flushes_lie: false,
             space: usize::MAX,
             truth: BTreeMap::new(),
-            power_lasts: None,
+            power_fails: None,
             failed_at: None,
             changes: 0,
         }
@@ -140,7 +140,8 @@ impl MemoryDevice {
     /// kept, dropped or torn.
     pub fn crash(&mut self) {
         self.failing = None;
-        self.power_lasts = None;
+        self.power_fails = None;
+        self.failed_at = None;
         while let Some((_, op)) = self.started.pop_front() {
             match op {
                 DeviceOp::Commit { .. } | DeviceOp::Write { .. } | DeviceOp::Zero { .. } => {
@@ -190,14 +191,13 @@ impl MemoryDevice {
         self.durable_names = self.names.clone();
     }
 
-    /// After so many operations that are performed to their end the power fails: the next one, and every one after it,
-    /// is refused until [`MemoryDevice::crash`] has been called.
-    pub fn lose_power_after(&mut self, operations: u32) {
-        self.power_lasts = Some(operations);
-        self.failed_at = None;
+    /// The power fails when the disk is asked to perform an operation of this kind ([`DeviceOp::NAMES`]), after so many
+    /// others of it: that one, and every operation after it, is refused until [`MemoryDevice::crash`] has been called.
+    pub fn lose_power_at(&mut self, kind: &'static str, done_before: u32) {
+        self.power_fails = Some((kind, done_before));
     }
 
-    /// What the disk was asked to do when the power failed by [`MemoryDevice::lose_power_after`].
+    /// What the disk was asked to do when the power failed by [`MemoryDevice::lose_power_at`].
     pub fn power_failed_at(&self) -> Option<&'static str> {
         self.failed_at
     }
@@ -529,13 +529,16 @@ fn error(kind: DeviceErrorKind, what: &str) -> DeviceError {
 
 impl Device for MemoryDevice {
     fn perform(&mut self, op: DeviceOp) -> Result<Output, DeviceError> {
-        match &mut self.power_lasts {
-            Some(0) => {
-                self.failed_at.get_or_insert(op.name());
-                return Err(error(DeviceErrorKind::Io, "the power is gone"));
+        if let Some((kind, left)) = &mut self.power_fails
+            && *kind == op.name()
+        {
+            if *left == 0 {
+                self.failed_at = Some(op.name());
             }
-            Some(left) => *left -= 1,
-            None => {}
+            *left = left.saturating_sub(1);
+        }
+        if self.failed_at.is_some() {
+            return Err(error(DeviceErrorKind::Io, "the power is gone"));
         }
         match op {
             DeviceOp::List => Ok(Output::Names(self.names())),

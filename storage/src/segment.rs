@@ -210,7 +210,6 @@ impl Work {
             Stage::Rename if planted(Bug::MissingDirectoryFlush) => Stage::FirstHeader,
             Stage::Rename => Stage::FlushName,
             Stage::FlushName => Stage::FirstHeader,
-            Stage::FirstHeader if planted(Bug::HeadersFlushedTogether) => Stage::SecondHeader,
             Stage::FirstHeader => Stage::FlushFirst,
             Stage::FlushFirst => Stage::SecondHeader,
             Stage::SecondHeader => Stage::FlushSecond,

@@ -3,6 +3,7 @@
 mod bench;
 mod cargo;
 mod ci;
+mod planted;
 mod sim;
 mod test;
 mod tidy;
@@ -31,6 +32,8 @@ enum Command {
     Tidy,
     /// Run the simulation over many seeds, or again over one
     Sim(sim::Args),
+    /// Wake each planted bug and see which invariant falls
+    Planted(planted::Args),
     /// Run `pelton bench` in release; everything behind `bench` is handed on
     Bench(bench::Args),
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Tidy => tidy::run(),
         Command::Sim(args) => sim::run(&args),
+        Command::Planted(args) => planted::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error: io::Error| {
