@@ -547,6 +547,11 @@ impl Shard {
         self.now.logged_ms
     }
 
+    /// Slots of the task table that were ever used.
+    pub fn slots(&self) -> u32 {
+        self.tasks.used()
+    }
+
     /// Which events have met which states since the start: a bit an event, by state, in the order of their table.
     pub fn met(&self) -> [u16; State::ALL.len()] {
         self.met

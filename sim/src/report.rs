@@ -73,7 +73,7 @@ impl Total {
             ("segments_recycled", counts.recycled),
             ("segments_retired", counts.retired),
             ("records_given_up", counts.read_failures),
-            ("turns_audited", counts.turns),
+            ("turns", counts.turns),
             ("events", self.events),
         ]
     }

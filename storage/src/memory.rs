@@ -51,6 +51,9 @@ struct Data {
     durable: Vec<u8>,
     /// Ranges written since the last flush, with what was written.
     unflushed: Vec<(usize, Vec<u8>)>,
+    /// `bytes` and `durable` may differ; and they do for good, since a flush has failed.
+    dirty: bool,
+    spoilt: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -157,7 +160,9 @@ impl MemoryDevice {
             }
         }
         self.completed.clear();
-        for data in &mut self.data {
+        for data in self.data.iter_mut().filter(|data| data.dirty) {
+            data.dirty = false;
+            data.spoilt = false;
             let mut survived = std::mem::take(&mut data.durable);
             for (offset, bytes) in data.unflushed.drain(..) {
                 let mut keep = |from: usize, to: usize| {
@@ -483,6 +488,7 @@ impl MemoryDevice {
                 self.truth.remove(&(file.0 as usize, block));
             }
         }
+        data.dirty = true;
         data.unflushed.push((offset as usize, bytes));
         Ok(())
     }
@@ -501,6 +507,7 @@ impl MemoryDevice {
             // As on Linux: the pages count as clean from now on, whether they were written or not.
             let data = &mut self.data[file.0 as usize];
             data.durable.resize(data.bytes.len(), 0);
+            data.spoilt = true;
             for (offset, bytes) in data.unflushed.drain(..) {
                 if self.random.one_in(2) {
                     data.durable[offset..offset + bytes.len()].copy_from_slice(&bytes);
@@ -516,6 +523,8 @@ impl MemoryDevice {
         for (offset, bytes) in data.unflushed.drain(..) {
             data.durable[offset..offset + bytes.len()].copy_from_slice(&bytes);
         }
+        // What a failed flush has dropped is not on the disk after this one either.
+        data.dirty = data.spoilt;
         Ok(())
     }
 }
@@ -549,6 +558,7 @@ impl Device for MemoryDevice {
                 self.reserve(bytes as usize)?;
                 self.data.push(Data {
                     bytes: vec![0; bytes as usize],
+                    dirty: true,
                     ..Data::default()
                 });
                 let index = self.data.len() - 1;
