@@ -184,6 +184,8 @@ pub fn records<'a>(
 struct Survey {
     segments: BTreeMap<u64, Segment>,
     dead: Vec<File>,
+    /// What files were by the second copy of their header, where the first one tells of another segment.
+    hidden: Vec<Segment>,
     leftovers: Vec<String>,
     next_file: u32,
     segment_bytes: u64,
@@ -198,6 +200,7 @@ impl Survey {
         let mut survey = Survey {
             segments: BTreeMap::new(),
             dead: Vec::new(),
+            hidden: Vec::new(),
             leftovers: Vec::new(),
             next_file: 0,
             segment_bytes: options.segment_bytes,
@@ -216,10 +219,17 @@ impl Survey {
                 panic!("opening brings a file");
             };
             let file = File { id, number };
-            let Some(header) = read_header(device, id, &name)? else {
+            let Some((header, second)) = read_header(device, id, &name)? else {
                 survey.dead.push(file);
                 continue;
             };
+            if let Some(second) = second.filter(|second| *second != header) {
+                survey.hidden.push(Segment {
+                    number: second.segment,
+                    key: second.key,
+                    file,
+                });
+            }
             if header.log_id != options.log_id
                 || header.shard != options.shard
                 || header.segment_bytes != options.segment_bytes
@@ -269,6 +279,27 @@ impl Survey {
         Ok(false)
     }
 
+    /// A file gets a new header only when its segment is dead, the first copy first. A crash in between leaves two, and
+    /// behind the second one nothing that is needed. Where a live segment stands behind it, a write that was meant for
+    /// another place has hidden that segment.
+    fn look_behind_headers<D: Device>(
+        &self,
+        reader: &mut Reader<'_, D>,
+        first: u64,
+    ) -> Result<(), RecoverError> {
+        for segment in self.hidden.iter().filter(|hidden| hidden.number >= first) {
+            if reader.batch(self, segment, SEGMENT_DATA_OFFSET)?.is_some() {
+                return Err(RecoverError::Corrupt {
+                    file: segment_name(segment.file.number),
+                    segment: segment.number,
+                    offset: SEGMENT_DATA_OFFSET,
+                    what: "a live segment, and the first copy of its header is another segment's",
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn corrupt(&self, at: Lsn, what: &'static str) -> RecoverError {
         let segment = at.0 / self.segment_bytes;
         let file = self.segments.get(&segment).map_or_else(
@@ -288,12 +319,12 @@ impl Survey {
     }
 }
 
-/// The header of a segment file, from whichever copy is whole; `None` for a file that never became a segment.
+/// The header of a segment file, from whichever copy is whole, and the second copy if both are; `None` for a file that never became a segment.
 fn read_header<D: Device>(
     device: &mut D,
     file: crate::device::FileId,
     name: &str,
-) -> Result<Option<SegmentHeader>, RecoverError> {
+) -> Result<Option<(SegmentHeader, Option<SegmentHeader>)>, RecoverError> {
     let Output::Bytes(blocks) = device.perform(DeviceOp::Read {
         file,
         offset: 0,
@@ -307,15 +338,16 @@ fn read_header<D: Device>(
         None => Err(BadHeader::Damaged),
     });
     match copies {
-        [Ok(header), _] | [Err(BadHeader::Damaged | BadHeader::Zero), Ok(header)] => {
-            Ok(Some(header))
-        }
-        [Err(BadHeader::Version(version)), _] | [_, Err(BadHeader::Version(version))] => {
-            Err(RecoverError::Version {
-                file: name.to_owned(),
-                version,
-            })
-        }
+        [Ok(header), second] => Ok(Some((header, second.ok()))),
+        [Err(BadHeader::Damaged | BadHeader::Zero), Ok(header)] => Ok(Some((header, None))),
+        [Err(BadHeader::Version(version)), _]
+        | [
+            Err(BadHeader::Zero | BadHeader::Damaged),
+            Err(BadHeader::Version(version)),
+        ] => Err(RecoverError::Version {
+            file: name.to_owned(),
+            version,
+        }),
         // The second copy is written only after the first was flushed: this one was being prepared for the first time.
         [
             Err(BadHeader::Zero | BadHeader::Damaged),
@@ -458,6 +490,7 @@ fn judge<D: Device>(
         }
     }
     let Some(begun) = begun else {
+        survey.look_behind_headers(reader, 0)?;
         // No segment holds a first batch. One that holds any other lost its first.
         let witness = find_witness(survey, reader, Lsn(0))?;
         return match survey.segments.first_key_value() {
@@ -477,6 +510,7 @@ fn judge<D: Device>(
         }
     }
     judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
+    survey.look_behind_headers(reader, judged.first)?;
     let missing = (judged.first..=begun).find(|number| !survey.segments.contains_key(number));
     if let Some(missing) = missing {
         return Err(survey.corrupt(
