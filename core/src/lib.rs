@@ -12,6 +12,7 @@ pub mod event;
 mod flow;
 pub mod id;
 pub mod limits;
+pub mod planted;
 pub mod record;
 pub mod schedule;
 pub mod shard;

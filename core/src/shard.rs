@@ -17,13 +17,14 @@ use crate::{
     flow::clean::Cleaning,
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
     limits::{CLEAN_EVERY_NS, DEDUP_WINDOW_MS, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT},
+    planted::{Bug, planted},
     record::BatchSpace,
     schedule::{
         ledger::{Ledger, Share},
         pool::Pool,
         robin::Robin,
     },
-    state::State,
+    state::{Event, State},
     table::{
         blob::BlobPool,
         paged::{PagedQueue, PagedSlab},
@@ -351,6 +352,7 @@ pub struct Shard {
     /// The replay has seen tasks or names behind what they were in front of.
     pub(crate) disordered: bool,
     pub(crate) counters: Counters,
+    met: [u16; State::ALL.len()],
     pub(crate) times: Times,
 
     // Volatile state of concurrency limits; empty where there is one shard.
@@ -427,6 +429,7 @@ impl Shard {
             cleaning: Cleaning::default(),
             disordered: false,
             counters: Counters::default(),
+            met: [0; State::ALL.len()],
             times: Times::default(),
             ledgers: BTreeMap::new(),
             next_term: 1,
@@ -526,7 +529,9 @@ impl Shard {
                 effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
             }
         }
-        self.refuse_who_waits(effects);
+        if !planted(Bug::FailedLogNotTold) {
+            self.refuse_who_waits(effects);
+        }
     }
 
     /// Everything before this position is dead and may be recycled.
@@ -574,6 +579,22 @@ impl Shard {
     /// The largest logged time that a replay has seen; logged time starts from there at least.
     pub fn last_logged_ms(&self) -> u64 {
         self.now.logged_ms
+    }
+
+    /// Slots of the task table that were ever used.
+    pub fn slots(&self) -> u32 {
+        self.tasks.used()
+    }
+
+    /// Which events have met which states since the start: a bit an event, by state, in the order of their table.
+    pub fn met(&self) -> [u16; State::ALL.len()] {
+        self.met
+    }
+
+    /// Something happens to a task in this state. Panics if the table of states does not know it: callers have asked.
+    pub(crate) fn meet(&mut self, state: State, event: Event) {
+        assert!(state.on(event).is_some(), "{state} meets {event:?}");
+        self.met[state as usize - 1] |= 1 << event as u16;
     }
 
     /// How long tasks took on the parts of their way that the last step saw the end of.

@@ -65,6 +65,26 @@ pub enum Event {
     Redrive,
 }
 
+impl Event {
+    /// Every event, in the order of its number.
+    pub const ALL: [Event; 14] = [
+        Event::Due,
+        Event::Dequeue,
+        Event::Lease,
+        Event::Release,
+        Event::Succeed,
+        Event::Retry,
+        Event::Fail,
+        Event::Stop,
+        Event::StopDone,
+        Event::Expire,
+        Event::Pause,
+        Event::Resume,
+        Event::Remove,
+        Event::Redrive,
+    ];
+}
+
 impl State {
     /// Every state, in the order of the numbers.
     pub const ALL: [State; 12] = [
@@ -173,23 +193,6 @@ mod tests {
     use alloc::{format, string::String};
     use expect_test::expect;
 
-    const EVENTS: [Event; 14] = [
-        Event::Due,
-        Event::Dequeue,
-        Event::Lease,
-        Event::Release,
-        Event::Succeed,
-        Event::Retry,
-        Event::Fail,
-        Event::Stop,
-        Event::StopDone,
-        Event::Expire,
-        Event::Pause,
-        Event::Resume,
-        Event::Remove,
-        Event::Redrive,
-    ];
-
     #[test]
     fn every_state_meets_every_event_as_the_table_says() {
         let mut table = String::new();
@@ -197,7 +200,7 @@ mod tests {
             assert_eq!(State::from_number(state as u8), Some(state));
             assert_eq!(State::from_name(state.name()), Some(state));
             table += &format!("{state}:");
-            for event in EVENTS {
+            for event in Event::ALL {
                 if let Some(next) = state.on(event) {
                     table += &format!(" {event:?}->{next}");
                 }

@@ -133,7 +133,7 @@ fn wish(input: &mut Input<'_>) -> Wish {
                 backoff_ms_max: input.u32(),
                 max_age_s: input.u32(),
                 timeout_ms: input.u32(),
-                on_failure: if input.byte() % 2 == 0 {
+                on_failure: if input.byte().is_multiple_of(2) {
                     OnFailure::Continue
                 } else {
                     OnFailure::Hold

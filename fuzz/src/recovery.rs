@@ -255,7 +255,7 @@ fn change(files: &mut Files, input: &mut Input<'_>, changes: &mut Changes) {
             if blocks > 0 {
                 let copy = file[block..block + BLOCK_BYTES].to_vec();
                 let to = usize::from(with >> 8);
-                if with as u8 % 2 == 0 {
+                if (with as u8).is_multiple_of(2) {
                     let at = to % blocks * BLOCK_BYTES;
                     file[at..at + BLOCK_BYTES].copy_from_slice(&copy);
                 } else if let Some(other) = files.values_mut().nth(to % 2)

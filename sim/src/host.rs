@@ -18,6 +18,9 @@ use crate::oracle::{Oracle, Violation};
 
 /// A batch of outcomes only may wait this long for company.
 const SOON_NS: u64 = 150_000;
+/// Tasks that are audited for each turn: a shard with as many is audited after every turn, one with twice as many after
+/// every second.
+const AUDITED_PER_TURN: u64 = 256;
 /// A turn that could not take all it was given is tried again after this.
 const AGAIN_NS: u64 = 100_000;
 
@@ -42,6 +45,8 @@ pub struct Host {
     /// Its log has failed.
     pub poisoned: bool,
     soon_since_ns: Option<u64>,
+    /// Tasks that the next audit may look at.
+    audit_budget: u64,
 }
 
 impl Host {
@@ -61,6 +66,7 @@ impl Host {
             unreadable_until_ns: 0,
             poisoned: false,
             soon_since_ns: None,
+            audit_budget: 0,
         }
     }
 
@@ -108,7 +114,11 @@ impl Host {
         self.log.filled(len, records);
         // A step that was given nothing and appended nothing has changed nothing.
         if moved || records > 0 || effects.urgency != Urgency::Nothing {
-            self.shard.audit();
+            self.audit_budget += AUDITED_PER_TURN;
+            if self.audit_budget >= u64::from(self.shard.slots()) {
+                self.audit_budget = 0;
+                self.shard.audit();
+            }
         }
         self.seal(now, &effects);
         for fetch in std::mem::take(&mut effects.fetches) {

@@ -3,8 +3,10 @@
 //! byte that becomes durable and checks everything that leaves a shard against it.
 //!
 //! Reading order: `swarm` is what a seed draws; `world` the process, its faults and its clock; `host` one shard over
-//! its log; `caller` and `worker` those outside; `oracle` what must hold; `trace` what is compared and printed; `run`
-//! one seed from its draw to its verdict.
+//! its log; `caller` and `worker` those outside; `oracle` what must hold, `damage` what a
+//! damaged disk must come to; `coverage` what was reached; `trace` what is compared and printed; `run`
+//! one seed from its draw to its verdict; `report` what many did;
+//! `shrink` a failing seed made smaller.
 
 pub mod swarm;
 
@@ -18,6 +20,14 @@ pub mod worker;
 
 pub mod oracle;
 
+pub mod damage;
+
+pub mod coverage;
+
 pub mod trace;
 
 pub mod run;
+
+pub mod report;
+
+pub mod shrink;

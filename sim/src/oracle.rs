@@ -13,7 +13,7 @@ use pelton_core::{
     id::{FunctionId, Lsn, RequestId, TenantId, Token},
     limits::MAX_AGE_S_DEFAULT,
     record::{Record, read},
-    state::{Event, State},
+    state::State,
 };
 use pelton_storage::{format::BATCH_HEADER_BYTES, format::BatchHeader, recover::records};
 
@@ -163,8 +163,20 @@ pub struct Tally {
     pub limited: u64,
     /// Records that were moved forward.
     pub relocated: u64,
-    /// Which events met which states: a bit for each event by state.
-    pub met: [u32; 13],
+}
+
+impl Tally {
+    /// Adds that of another run.
+    pub fn add(&mut self, other: &Tally) {
+        self.accepted += other.accepted;
+        self.executed += other.executed;
+        self.ended += other.ended;
+        self.duplicates += other.duplicates;
+        self.refused += other.refused;
+        self.stale += other.stale;
+        self.limited += other.limited;
+        self.relocated += other.relocated;
+    }
 }
 
 /// Everything that the checks remember. Owned by one run; survives every crash.
@@ -379,20 +391,8 @@ impl Oracle {
                         task.due_ms
                     )
                 })?;
-                let from = task.state;
                 task.token = token;
                 task.state = State::Running;
-                match from {
-                    State::Scheduled | State::Retrying => {
-                        self.met(from, Event::Due);
-                        self.met(State::Enqueued, Event::Lease);
-                    }
-                    State::Running => {
-                        self.met(from, Event::Release);
-                        self.met(State::Enqueued, Event::Lease);
-                    }
-                    _ => self.met(from, Event::Lease),
-                }
                 self.check_key(request, false)?;
                 self.check_limit(shard, request)?;
             }
@@ -435,7 +435,6 @@ impl Oracle {
                         )
                     },
                 )?;
-                let from = task.state;
                 task.state = state;
                 let function = task.function;
                 self.running.entry(function).or_default().remove(&request);
@@ -445,19 +444,10 @@ impl Oracle {
                     require(task.due_ms >= at_ms, "backoff_goes_forward", || {
                         format!("{request} is due in the past")
                     })?;
-                    self.met(from, Event::Retry);
                 } else {
                     if state == State::Succeeded {
                         task.succeeded = Some(token);
                     }
-                    self.met(
-                        from,
-                        match state {
-                            State::Succeeded => Event::Succeed,
-                            State::Stopped => Event::StopDone,
-                            _ => Event::Fail,
-                        },
-                    );
                     self.end(shard, request);
                 }
             }
@@ -477,14 +467,12 @@ impl Oracle {
                 if from == State::Running && state.terminal() {
                     // It was given back before, which is in no record.
                     from = State::Enqueued;
-                    self.met(State::Running, Event::Release);
                 }
                 match state {
                     State::Stopping => {
                         require(from == State::Running, "transition_is_in_the_table", || {
                             format!("{request}: {from} -> Stopping")
                         })?;
-                        self.met(from, Event::Stop);
                     }
                     State::Expired => {
                         let age_s = if task.max_age_s > 0 {
@@ -508,15 +496,13 @@ impl Oracle {
                                 )
                             },
                         )?;
-                        self.met(from, Event::Expire);
                     }
                     State::Invalid => {
                         require(wished.removed, "only_deletion_invalidates", || {
                             format!("{request} is Invalid, its function was never deleted")
                         })?;
-                        self.met(from, Event::Remove);
                     }
-                    State::Stopped => self.met(from, Event::Stop),
+                    State::Stopped => {}
                     other => {
                         return broken(
                             "transition_is_in_the_table",
@@ -585,7 +571,6 @@ impl Oracle {
                     let running = self.running.entry(known.function).or_default();
                     running.remove(&request);
                     self.task(request)?.state = State::Enqueued;
-                    self.met(State::Running, Event::Release);
                 }
             }
             Record::RelocatedOutcome(relocated) => {
@@ -643,10 +628,6 @@ impl Oracle {
             .remove(&request);
         self.disks[shard].unfinished.remove(&request);
         self.tally.ended += 1;
-    }
-
-    fn met(&mut self, state: State, event: Event) {
-        self.tally.met[state as usize] |= 1 << event as u32;
     }
 
     /// A task of a key goes beyond `Enqueued`: it must be alone there, and first in order.
@@ -911,9 +892,6 @@ impl Oracle {
                         )
                     },
                 )?;
-                if in_memory && task.token == token && !task.state.terminal() {
-                    self.met(State::Running, Event::Release);
-                }
                 self.ended.insert(attempt, !in_memory);
                 Ok(())
             }

@@ -40,7 +40,13 @@ pub fn catch_panics() {
 
 /// Runs one seed.
 pub fn run_seed(seed: u64, print: bool) -> Verdict {
-    let mut world = World::new(Plan::draw(seed), print);
+    run_plan(Plan::draw(seed), print)
+}
+
+/// Runs a plan, which may be less than its seed has drawn.
+pub fn run_plan(plan: Plan, print: bool) -> Verdict {
+    let seed = plan.seed;
+    let mut world = World::new(plan, print);
     let checked = panic::catch_unwind(panic::AssertUnwindSafe(|| world.run()));
     let violation = match checked {
         Ok(Ok(())) => None,
@@ -56,7 +62,7 @@ pub fn run_seed(seed: u64, print: bool) -> Verdict {
         events: world.trace.events(),
         virtual_ns: world.now_ns,
         tally: world.oracle.tally.clone(),
-        counts: world.counts.clone(),
+        counts: world.counts(),
         violation,
     }
 }

@@ -36,11 +36,30 @@ pub enum Fault {
     CallerLost,
     /// The wall clock jumps.
     WallJump,
+    /// The power fails when a disk comes to one kind of operation.
+    CrashAtDisk,
+    /// The power fails, and again while the logs are being recovered.
+    CrashInRecovery,
+    /// A start finds that a read fails.
+    ReadErrorAtStart,
+    /// A disk reports a write done that it has lost.
+    LostWrite,
+    /// A disk reports a write done that stands elsewhere, where something else stood.
+    MisdirectedWrite,
+    /// A block that was written rots.
+    Rot,
 }
 
 impl Fault {
+    /// The kind with this name, as a report writes it.
+    pub fn from_name(name: &str) -> Option<Fault> {
+        Fault::ALL
+            .into_iter()
+            .find(|fault| format!("{fault:?}") == name)
+    }
+
     /// Every kind.
-    pub const ALL: [Fault; 13] = [
+    pub const ALL: [Fault; 19] = [
         Fault::Crash,
         Fault::CrashInTurn,
         Fault::ReadError,
@@ -54,6 +73,12 @@ impl Fault {
         Fault::ExecutorLost,
         Fault::CallerLost,
         Fault::WallJump,
+        Fault::CrashAtDisk,
+        Fault::CrashInRecovery,
+        Fault::ReadErrorAtStart,
+        Fault::LostWrite,
+        Fault::MisdirectedWrite,
+        Fault::Rot,
     ];
 }
 
@@ -125,6 +150,24 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// True if this fault strikes.
+    pub fn knows(&self, fault: Fault) -> bool {
+        self.faults.iter().any(|&(_, known)| known == fault)
+    }
+
+    /// The same plan without a kind of fault.
+    pub fn without(mut self, fault: Fault) -> Plan {
+        self.faults.retain(|&(_, known)| known != fault);
+        self
+    }
+
+    /// The same plan with fewer tasks, and with the faults that strike until then.
+    pub fn shortened(mut self, tasks: usize) -> Plan {
+        self.tasks = self.tasks.min(tasks);
+        self.faults.retain(|&(after, _)| after <= self.tasks);
+        self
+    }
+
     /// Draws the plan of a seed.
     pub fn draw(seed: u64) -> Plan {
         let mut random = Random(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x9e17);
@@ -144,6 +187,12 @@ impl Plan {
                 Fault::ExecutorLost => (r.one_in(2), 1 + r.below(20)),
                 Fault::CallerLost => (r.one_in(2), 1 + r.below(20)),
                 Fault::WallJump => (r.one_in(3), 1 + r.below(4)),
+                Fault::CrashAtDisk => (r.one_in(2), 1 + r.below(3)),
+                Fault::CrashInRecovery => (r.one_in(2), 1 + r.below(3)),
+                Fault::ReadErrorAtStart => (r.one_in(4), 1),
+                Fault::LostWrite | Fault::MisdirectedWrite | Fault::Rot => {
+                    (r.one_in(4), 1 + r.below(3))
+                }
             };
             if enabled {
                 faults.extend((0..count).map(|_| (r.below(tasks as u64) as usize, fault)));
@@ -161,7 +210,7 @@ impl Plan {
             functions: 1 + r.below(4) as usize,
             tasks,
             faults,
-            pause_ns: [300_000, 2_000_000, 10_000_000][r.below(3) as usize],
+            pause_ns: [300_000, 2_000_000, 10_000_000, 60_000_000][r.below(4) as usize],
             frame_tasks: [1, 8, 32][r.below(3) as usize],
             caller_window: if tight { 1 } else { 1 + r.below(8) as usize },
             worker_window: if tight { 1 } else { 1 + r.below(4) as usize },

@@ -12,6 +12,7 @@ use pelton_core::{
     shard::{Options, Shard},
 };
 use pelton_storage::{
+    device::DeviceOp,
     log::Options as LogOptions,
     memory::{MemoryDevice, Random},
     recover::{Outcome as Recovered, recover},
@@ -19,6 +20,8 @@ use pelton_storage::{
 
 use crate::{
     caller::{Administrator, Caller, Frame, Question},
+    coverage::{Coverage, Moment, Recovery},
+    damage::{Expected, expected, is_named},
     host::Host,
     oracle::{Check, Oracle, Violation, broken},
     swarm::{Fault, Plan, SEGMENT_BYTES},
@@ -111,8 +114,8 @@ pub struct Counts {
     pub crashes: u64,
     /// Logs that ended in a torn tail.
     pub torn: u64,
-    /// Faults by kind.
-    pub faults: BTreeMap<Fault, u64>,
+    /// What was reached.
+    pub coverage: Coverage,
     /// Turns of all shards.
     pub turns: u64,
     /// Logs that were poisoned.
@@ -121,8 +124,25 @@ pub struct Counts {
     pub recycled: u64,
     /// Segments that were dead when a process ended.
     pub retired: u64,
+    /// Disks with a damaged last batch that nothing vouched for, repaired before the start.
+    pub unvouched: u64,
     /// Records that could not be read after all tries.
     pub read_failures: u64,
+}
+
+impl Counts {
+    /// Adds those of another run.
+    pub fn add(&mut self, other: &Counts) {
+        self.crashes += other.crashes;
+        self.torn += other.torn;
+        self.coverage.add(&other.coverage);
+        self.turns += other.turns;
+        self.poisoned += other.poisoned;
+        self.recycled += other.recycled;
+        self.retired += other.retired;
+        self.unvouched += other.unvouched;
+        self.read_failures += other.read_failures;
+    }
 }
 
 /// All of it. Owned by one run.
@@ -164,6 +184,10 @@ pub struct World {
     pub(crate) handed_in: usize,
     next_fault: usize,
     crash_in_turn: bool,
+    /// The power fails when a disk comes to an operation of this kind.
+    crash_at_disk: Option<&'static str>,
+    crash_in_recovery: bool,
+    read_error_at_start: bool,
     pub(crate) healing: bool,
 }
 
@@ -172,16 +196,14 @@ impl World {
     pub fn new(plan: Plan, print: bool) -> World {
         let mut random = Random(plan.seed ^ 0x5151_5151);
         let mut oracle = Oracle::new(plan.shards);
-        oracle.may_exhaust = plan.waiting_bounds
-            || plan
-                .faults
-                .iter()
-                .any(|&(_, fault)| fault == Fault::NoSpace);
+        oracle.may_exhaust = plan.waiting_bounds || plan.knows(Fault::NoSpace);
         oracle.payload_bytes_max = plan.payload_bytes_max;
         oracle.dedup_window_ms = plan.dedup_window_ms;
         let disks = (0..plan.shards)
             .map(|_| MemoryDevice::new(random.draw(), BATCH_BYTES_MAX))
             .collect();
+        // The very first start may be cut short, too.
+        let crash_in_recovery = plan.knows(Fault::CrashInRecovery) && random.one_in(2);
         let callers = (0..plan.callers)
             .map(|index| Caller::new(index % plan.tenants))
             .collect();
@@ -218,9 +240,21 @@ impl World {
             handed_in: 0,
             next_fault: 0,
             crash_in_turn: false,
+            crash_at_disk: None,
+            crash_in_recovery,
+            read_error_at_start: false,
             healing: false,
             plan,
         }
+    }
+
+    /// What was counted, the process that still runs included.
+    pub fn counts(&self) -> Counts {
+        let mut counts = self.counts.clone();
+        for host in &self.hosts {
+            counts.coverage.shard(host.shard.met());
+        }
+        counts
     }
 
     /// Runs the world to its rest.
@@ -245,7 +279,7 @@ impl World {
         self.oracle.at_rest()?;
         self.check_rest()?;
         // Once more from the disk: nothing that has ended may change, nothing may come back.
-        self.crash();
+        self.crash(Moment::BetweenTurns);
         self.restart()?;
         self.until_quiet("a restart at rest stays at rest", |world| {
             world.up && world.at_rest()
@@ -311,6 +345,12 @@ impl World {
                     self.trace.event(self.now_ns, &[1, shard as u64], || {
                         format!("disk {shard} has done one")
                     });
+                    let next = self.hosts[shard].log.device().at_work();
+                    if next.is_some() && next == self.crash_at_disk {
+                        self.crash_at_disk = None;
+                        self.crash(Moment::BetweenTurns);
+                        return Ok(());
+                    }
                     if self.hosts[shard].unreadable_until_ns > self.now_ns {
                         // Every try fails, and the record counts as lost for a while.
                         self.spoil(shard);
@@ -370,7 +410,7 @@ impl World {
             }
             Happening::OperatorRestarts { life } => {
                 if life == self.life && self.up {
-                    self.crash();
+                    self.crash(Moment::BetweenTurns);
                 }
             }
             Happening::Restart => self.restart()?,
@@ -443,7 +483,7 @@ impl World {
             self.trace.event(self.now_ns, &[2, shard as u64], || {
                 format!("power fails within a turn of shard {shard}")
             });
-            self.crash();
+            self.crash(Moment::AfterSeal);
             return Ok(());
         }
         self.trace
@@ -569,14 +609,31 @@ impl World {
         if !self.up || self.healing {
             return;
         }
-        *self.counts.faults.entry(fault).or_default() += 1;
+        self.counts.coverage.faults[fault as usize] += 1;
         self.trace.event(self.now_ns, &[6, fault as u64], || {
             format!("fault: {fault:?}")
         });
         let shard = self.random.below(u64::from(self.plan.shards)) as usize;
         let worker = self.random.below(self.workers.len() as u64) as usize;
         match fault {
-            Fault::Crash => self.crash(),
+            Fault::Crash => self.crash(Moment::BetweenTurns),
+            Fault::CrashAtDisk => {
+                let kinds = DeviceOp::NAMES.len() as u64;
+                self.crash_at_disk = Some(DeviceOp::NAMES[self.random.below(kinds) as usize]);
+            }
+            Fault::CrashInRecovery => {
+                self.crash_in_recovery = true;
+                self.crash(Moment::BetweenTurns);
+            }
+            Fault::ReadErrorAtStart => {
+                self.read_error_at_start = true;
+                self.crash(Moment::BetweenTurns);
+            }
+            Fault::LostWrite => self.hosts[shard].log.device().lose_next_write(),
+            Fault::MisdirectedWrite => self.hosts[shard].log.device().misdirect_next_write(),
+            Fault::Rot => {
+                self.hosts[shard].log.device().rot_somewhere();
+            }
             Fault::CrashInTurn => self.crash_in_turn = true,
             Fault::ReadError if self.random.one_in(2) => self.spoil(shard),
             Fault::ReadError => {
@@ -610,11 +667,14 @@ impl World {
     }
 
     /// The power fails.
-    fn crash(&mut self) {
+    fn crash(&mut self, moment: Moment) {
         self.counts.crashes += 1;
         self.life += 1;
         self.up = false;
-        for host in std::mem::take(&mut self.hosts) {
+        for mut host in std::mem::take(&mut self.hosts) {
+            let coverage = &mut self.counts.coverage;
+            coverage.shard(host.shard.met());
+            coverage.crash(moment, host.log.device().at_work());
             self.counts.recycled += host.log.stats().recycled;
             self.counts.read_failures += host.log.stats().read_failures;
             self.counts.retired += host.shard.retire_before().0 / SEGMENT_BYTES;
@@ -648,6 +708,11 @@ impl World {
         if self.up {
             return Ok(());
         }
+        if !self.disks_are_ready()? {
+            let delay = self.around(5_000_000);
+            self.after(delay, Happening::Restart);
+            return Ok(());
+        }
         let mut last_ms = 0;
         let mut found = Vec::new();
         for (index, mut device) in std::mem::take(&mut self.disks).into_iter().enumerate() {
@@ -664,11 +729,7 @@ impl World {
                 dedup_window_ms: self.plan.dedup_window_ms,
             };
             let mut shard = Shard::new(options);
-            let log_options = LogOptions {
-                shard: index as u16,
-                log_id: 42,
-                segment_bytes: SEGMENT_BYTES,
-            };
+            let log_options = log_options(index);
             let oracle = &mut self.oracle;
             oracle.recovery_begins(index);
             let mut seen = Ok(());
@@ -685,6 +746,11 @@ impl World {
             })?;
             self.oracle.recovery_ends(index)?;
             self.counts.torn += u64::from(matches!(report.outcome, Recovered::TornTail { .. }));
+            self.counts.coverage.recovery(match report.outcome {
+                Recovered::Empty => Recovery::Empty,
+                Recovered::Clean => Recovery::Clean,
+                Recovered::TornTail { .. } => Recovery::TornTail,
+            });
             self.trace
                 .event(self.now_ns, &[8, index as u64, report.records], || {
                     format!("shard {index}: {report:?}")
@@ -717,6 +783,74 @@ impl World {
         }
         self.administer_in(100_000);
         Ok(())
+    }
+
+    /// What damaged disks must come to, and starts that do not get to their end. False if this is one of them.
+    fn disks_are_ready(&mut self) -> Result<bool, Violation> {
+        let mut disks = std::mem::take(&mut self.disks);
+        for (index, device) in disks.iter_mut().enumerate() {
+            device.limit_space(usize::MAX);
+            let options = log_options(index);
+            let named = match expected(device, options)? {
+                Expected::Sound => continue,
+                Expected::Either => "a header that nobody needs".to_owned(),
+                Expected::Unvouched => {
+                    self.counts.unvouched += 1;
+                    "the last batch, which nothing vouches for".to_owned()
+                }
+                Expected::Named(places) => {
+                    self.counts.coverage.recovery(Recovery::Corrupt);
+                    is_named(device, options, &places)?
+                }
+            };
+            self.trace.event(self.now_ns, &[10, index as u64], || {
+                format!("disk {index} is damaged and gets repaired: {named}")
+            });
+            device.repair();
+        }
+        let fails = std::mem::take(&mut self.read_error_at_start);
+        let interrupted = std::mem::take(&mut self.crash_in_recovery);
+        if fails || interrupted {
+            let index = self.random.below(disks.len() as u64) as usize;
+            let kind = DeviceOp::NAMES[self.random.below(DeviceOp::NAMES.len() as u64) as usize];
+            let before = self.random.below(4) as u32;
+            let before = if self.random.one_in(2) { 0 } else { before };
+            let device = &mut disks[index];
+            let changes = device.changes();
+            if fails {
+                device.fail_next_read();
+            } else {
+                device.lose_power_at(kind, before);
+            }
+            let started = recover(&mut *device, log_options(index), &mut |_, _, _| Ok(())).is_ok();
+            if fails && started && !device.names().is_empty() {
+                broken(
+                    "a_failed_read_is_no_end",
+                    format!("shard {index} starts although a read failed"),
+                )?;
+            }
+            if fails && !started && device.changes() != changes {
+                broken(
+                    "a_refused_start_changes_nothing",
+                    format!("shard {index} changed its disk and could not read it"),
+                )?;
+            }
+            let at = device.power_failed_at();
+            self.trace.event(self.now_ns, &[11, index as u64], || {
+                format!("the start ends early at shard {index}: {at:?}")
+            });
+            let coverage = &mut self.counts.coverage;
+            if fails {
+                coverage.recovery(Recovery::ReadFailed);
+            } else {
+                self.counts.crashes += 1;
+                coverage.recovery(Recovery::Interrupted);
+                coverage.crash(Moment::InRecovery, at);
+            }
+            device.crash();
+        }
+        self.disks = disks;
+        Ok(!fails && !interrupted)
     }
 
     /// Shard 0 orders configuration. A crash between its log and another's leaves that one behind: before anybody is
@@ -761,15 +895,19 @@ impl World {
         self.healing = true;
         self.trace
             .event(self.now_ns, &[9], || "everything heals".to_owned());
-        if self.hosts.iter().any(|host| host.poisoned) && self.up {
-            self.crash();
+        let hurt = |host: &mut Host| host.poisoned || !host.log.device().damage().is_empty();
+        if self.up && self.hosts.iter_mut().any(hurt) {
+            self.crash(Moment::BetweenTurns);
         }
         for shard in 0..self.hosts.len() {
-            self.hosts[shard].log.device().limit_space(usize::MAX);
+            self.hosts[shard].log.device().heal();
             self.hosts[shard].slow_until_ns = 0;
             self.hosts[shard].unreadable_until_ns = 0;
         }
         self.crash_in_turn = false;
+        self.crash_at_disk = None;
+        self.crash_in_recovery = false;
+        self.read_error_at_start = false;
         self.heal_workers();
         self.heal_configuration();
         Ok(())
@@ -827,6 +965,14 @@ impl World {
             }
         }
         Ok(())
+    }
+}
+
+fn log_options(shard: usize) -> LogOptions {
+    LogOptions {
+        shard: shard as u16,
+        log_id: 42,
+        segment_bytes: SEGMENT_BYTES,
     }
 }
 

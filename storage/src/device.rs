@@ -61,6 +61,42 @@ pub enum DeviceOp {
     FlushDirectory,
 }
 
+impl DeviceOp {
+    /// Every kind of operation, by the name that [`DeviceOp::name`] gives it.
+    pub const NAMES: [&str; 12] = [
+        "list",
+        "create",
+        "open",
+        "read",
+        "write",
+        "zero",
+        "flush",
+        "commit",
+        "rename",
+        "remove",
+        "close",
+        "flush-directory",
+    ];
+
+    /// What it is called where operations are counted by kind.
+    pub fn name(&self) -> &'static str {
+        match self {
+            DeviceOp::List => "list",
+            DeviceOp::Create { .. } => "create",
+            DeviceOp::Open { .. } => "open",
+            DeviceOp::Read { .. } => "read",
+            DeviceOp::Write { .. } => "write",
+            DeviceOp::Zero { .. } => "zero",
+            DeviceOp::Flush { .. } => "flush",
+            DeviceOp::Commit { .. } => "commit",
+            DeviceOp::Rename { .. } => "rename",
+            DeviceOp::Remove { .. } => "remove",
+            DeviceOp::Close { .. } => "close",
+            DeviceOp::FlushDirectory => "flush-directory",
+        }
+    }
+}
+
 /// What an operation brings.
 #[derive(Debug)]
 pub enum Output {
@@ -121,6 +157,29 @@ pub trait Device {
     fn completed(&mut self) -> Option<(Tag, Result<Output, DeviceError>)>;
     /// A random number, for keys.
     fn random(&mut self) -> u128;
+}
+
+/// A device that is lent: whoever lent it has it back when a recovery fails.
+impl<D: Device> Device for &mut D {
+    fn perform(&mut self, op: DeviceOp) -> Result<Output, DeviceError> {
+        (**self).perform(op)
+    }
+
+    fn buffers(&mut self) -> &mut [Block] {
+        (**self).buffers()
+    }
+
+    fn start(&mut self, tag: Tag, op: DeviceOp) {
+        (**self).start(tag, op);
+    }
+
+    fn completed(&mut self) -> Option<(Tag, Result<Output, DeviceError>)> {
+        (**self).completed()
+    }
+
+    fn random(&mut self) -> u128 {
+        (**self).random()
+    }
 }
 
 /// Bytes whose address is a multiple of the block, as direct I/O wants them.

@@ -16,6 +16,7 @@ use pelton_core::{
     event::{Durable, Scanned},
     id::Lsn,
     limits::BATCH_BYTES_MAX,
+    planted::{Bug, planted},
     record::BatchSpace,
 };
 
@@ -403,6 +404,9 @@ impl<D: Device> Log<D> {
     /// Everything before this position is dead: its segments go once a durable batch says so.
     pub fn retire_before(&mut self, position: Lsn) {
         self.retire_wanted = self.retire_wanted.max(position);
+        if planted(Bug::RecycledTooEarly) {
+            self.bury(self.retire_wanted);
+        }
     }
 
     /// Reads the record at `position` with the next [`Log::start_reads`]; told by [`LogEvent::Read`]. `bytes` is a guess
@@ -586,6 +590,12 @@ impl<D: Device> Log<D> {
         let flight = self.in_flight.take().expect("a commit was in flight");
         self.last_commit_ns = now_ns;
         if let Err(error) = result {
+            let file = self.live.back().expect("there is always a segment").file.id;
+            if planted(Bug::RetriedFlush) {
+                self.in_flight = Some(flight);
+                self.device.start(TAG_COMMIT, DeviceOp::Flush { file });
+                return None;
+            }
             self.poisoned.get_or_insert(error);
             return Some(LogEvent::Poisoned);
         }
@@ -887,7 +897,7 @@ impl<D: Device> Log<D> {
             match found.get(..whole) {
                 Some(record)
                     if record_holds(record, wanted.position, read.key)
-                        || cfg!(pelton_planted = "rot_accepted") =>
+                        || planted(Bug::RotAccepted) =>
                 {
                     self.read.push_back((wanted.ticket, Some(record.to_vec())));
                 }

@@ -1,12 +1,16 @@
 //! A disk that lives in memory and does what disks do when the power fails: what was not flushed is kept, dropped or
 //! torn at 512 bytes, write by write; names that were not flushed come and go. Operations can be made to fail.
 //!
+//! It can lie, too: a write is lost or goes elsewhere although it is reported done, and a block rots. What should stand
+//! in such a place is remembered, so that whoever checks a recovery knows what was damaged, and can repair it.
+//!
 //! Deterministic: everything random comes from the seed.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::{
     device::{Block, Device, DeviceError, DeviceErrorKind, DeviceOp, FileId, Output, Tag},
+    format::BLOCK_BYTES,
     log::BUFFER_COUNT,
 };
 
@@ -47,6 +51,9 @@ struct Data {
     durable: Vec<u8>,
     /// Ranges written since the last flush, with what was written.
     unflushed: Vec<(usize, Vec<u8>)>,
+    /// `bytes` and `durable` may differ; and they do for good, since a flush has failed.
+    dirty: bool,
+    spoilt: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -57,6 +64,10 @@ enum Failing {
     Read,
     /// A read succeeds and brings wrong bytes.
     Rot,
+    /// A write is reported done and nothing of it reaches the disk.
+    LostWrite,
+    /// A write is reported done and stands elsewhere.
+    MisdirectedWrite,
 }
 
 /// Bits that a rotten read flips stand in bytes so far from each other, so that it strikes almost every record.
@@ -76,6 +87,13 @@ pub struct MemoryDevice {
     failing: Option<Failing>,
     flushes_lie: bool,
     space: usize,
+    /// What should stand in blocks that the disk has damaged, by file and number of the block.
+    truth: BTreeMap<(usize, usize), Vec<u8>>,
+    /// The kind of operation at which the power fails, and how many of it are done before; and whether it has failed.
+    power_fails: Option<(&'static str, u32)>,
+    failed_at: Option<&'static str>,
+    /// Changes of files and names so far.
+    changes: u64,
 }
 
 impl MemoryDevice {
@@ -94,6 +112,10 @@ impl MemoryDevice {
             failing: None,
             flushes_lie: false,
             space: usize::MAX,
+            truth: BTreeMap::new(),
+            power_fails: None,
+            failed_at: None,
+            changes: 0,
         }
     }
 
@@ -112,9 +134,17 @@ impl MemoryDevice {
         self.started.len()
     }
 
+    /// What the disk is about to do, by its name in [`DeviceOp::NAMES`].
+    pub fn at_work(&self) -> Option<&'static str> {
+        self.started.front().map(|(_, op)| op.name())
+    }
+
     /// The power fails: an operation in progress may have got anywhere, and of what was not flushed each write is
     /// kept, dropped or torn.
     pub fn crash(&mut self) {
+        self.failing = None;
+        self.power_fails = None;
+        self.failed_at = None;
         while let Some((_, op)) = self.started.pop_front() {
             match op {
                 DeviceOp::Commit { .. } | DeviceOp::Write { .. } | DeviceOp::Zero { .. } => {
@@ -130,7 +160,9 @@ impl MemoryDevice {
             }
         }
         self.completed.clear();
-        for data in &mut self.data {
+        for data in self.data.iter_mut().filter(|data| data.dirty) {
+            data.dirty = false;
+            data.spoilt = false;
             let mut survived = std::mem::take(&mut data.durable);
             for (offset, bytes) in data.unflushed.drain(..) {
                 let mut keep = |from: usize, to: usize| {
@@ -162,7 +194,160 @@ impl MemoryDevice {
             self.names = self.durable_names.clone();
         }
         self.durable_names = self.names.clone();
-        self.failing = None;
+    }
+
+    /// The power fails when the disk is asked to perform an operation of this kind ([`DeviceOp::NAMES`]), after so many
+    /// others of it: that one, and every operation after it, is refused until [`MemoryDevice::crash`] has been called.
+    pub fn lose_power_at(&mut self, kind: &'static str, done_before: u32) {
+        self.power_fails = Some((kind, done_before));
+    }
+
+    /// What the disk was asked to do when the power failed by [`MemoryDevice::lose_power_at`].
+    pub fn power_failed_at(&self) -> Option<&'static str> {
+        self.failed_at
+    }
+
+    /// The next write is reported done and lost.
+    pub fn lose_next_write(&mut self) {
+        self.failing = Some(Failing::LostWrite);
+    }
+
+    /// The next write is reported done and stands elsewhere: at the same place of another file, or at another place of
+    /// the same.
+    pub fn misdirect_next_write(&mut self) {
+        self.failing = Some(Failing::MisdirectedWrite);
+    }
+
+    /// A block that holds something rots. False if none was found.
+    pub fn rot_somewhere(&mut self) -> bool {
+        for _ in 0..64 {
+            let Some(file) = self.settled_file() else {
+                return false;
+            };
+            let blocks = self.data[file].bytes.len() / BLOCK_BYTES;
+            let block = self.random.below(blocks as u64) as usize;
+            let at = block * BLOCK_BYTES;
+            if self.data[file].bytes[at..at + BLOCK_BYTES]
+                .iter()
+                .all(|&byte| byte == 0)
+            {
+                continue;
+            }
+            self.remember(file, at, BLOCK_BYTES);
+            let first = self.random.below(ROT_STRIDE_BYTES as u64) as usize;
+            for offset in (first..BLOCK_BYTES).step_by(ROT_STRIDE_BYTES) {
+                let flipped = 1 << self.random.below(8);
+                self.data[file].bytes[at + offset] ^= flipped;
+                self.data[file].durable[at + offset] ^= flipped;
+            }
+            return true;
+        }
+        false
+    }
+
+    /// The damaged blocks: name of the file and offset in it.
+    pub fn damage(&self) -> Vec<(String, u64)> {
+        let named = |file: usize| self.names.iter().find(|&(_, &index)| index == file);
+        self.truth
+            .keys()
+            .filter_map(|&(file, block)| {
+                named(file).map(|(name, _)| (name.clone(), (block * BLOCK_BYTES) as u64))
+            })
+            .collect()
+    }
+
+    /// Every damaged block gets what should stand there.
+    pub fn repair(&mut self) {
+        for ((file, block), bytes) in std::mem::take(&mut self.truth) {
+            let at = block * BLOCK_BYTES;
+            let data = &mut self.data[file];
+            if data.bytes.len() >= at + BLOCK_BYTES {
+                data.bytes[at..at + BLOCK_BYTES].copy_from_slice(&bytes);
+                data.durable[at..at + BLOCK_BYTES].copy_from_slice(&bytes);
+            }
+        }
+    }
+
+    /// The disk as it would be without its damage, at rest.
+    pub fn repaired(&self) -> MemoryDevice {
+        let mut copy = MemoryDevice::new(self.random.0, self.buffers[0].len());
+        copy.data.clone_from(&self.data);
+        copy.names.clone_from(&self.names);
+        copy.durable_names.clone_from(&self.durable_names);
+        copy.truth.clone_from(&self.truth);
+        copy.repair();
+        copy
+    }
+
+    /// Changes of files and names so far; flushes change nothing.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// A file with a name, all of whose writes are flushed.
+    fn settled_file(&mut self) -> Option<usize> {
+        let settled: Vec<usize> = self
+            .names
+            .values()
+            .copied()
+            .filter(|&file| {
+                let data = &self.data[file];
+                data.unflushed.is_empty()
+                    && data.bytes.len() >= BLOCK_BYTES
+                    && data.durable.len() == data.bytes.len()
+            })
+            .collect();
+        (!settled.is_empty()).then(|| settled[self.random.below(settled.len() as u64) as usize])
+    }
+
+    /// Notes what should stand in these blocks, which are about to be damaged.
+    fn remember(&mut self, file: usize, at: usize, bytes: usize) {
+        let data = &self.data[file].bytes;
+        for block in at / BLOCK_BYTES..(at + bytes).div_ceil(BLOCK_BYTES) {
+            let from = block * BLOCK_BYTES;
+            self.truth
+                .entry((file, block))
+                .or_insert_with(|| data[from..from + BLOCK_BYTES].to_vec());
+        }
+    }
+
+    /// A write that its file never sees. What it was to write is the truth from now on, but for headers of segments,
+    /// which are read back before they count.
+    fn lose(&mut self, file: FileId, offset: u64, bytes: &[u8], header: bool) {
+        if header {
+            return;
+        }
+        for (index, block) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
+            let number = offset as usize / BLOCK_BYTES + index;
+            self.truth.insert((file.0 as usize, number), block.to_vec());
+        }
+    }
+
+    fn misdirect(&mut self, file: FileId, offset: u64, bytes: &[u8]) {
+        let other = if self.random.one_in(2) {
+            self.settled_file()
+        } else {
+            None
+        };
+        let (target, at) = match other {
+            Some(other) if other != file.0 as usize => (other, offset as usize),
+            Some(_) | None => {
+                let before = (offset as usize / BLOCK_BYTES).max(1);
+                let block = self.random.below(before as u64) as usize;
+                (file.0 as usize, block * BLOCK_BYTES)
+            }
+        };
+        let data = &self.data[target];
+        let fits = data.unflushed.is_empty()
+            && data.durable.len() == data.bytes.len()
+            && at + bytes.len() <= data.bytes.len();
+        if !fits {
+            return;
+        }
+        self.remember(target, at, bytes.len());
+        let data = &mut self.data[target];
+        data.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        data.durable[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Flips a bit of a file, as rot does.
@@ -207,6 +392,12 @@ impl MemoryDevice {
         self.space = bytes;
     }
 
+    /// Faults that were asked for and have not struck do not strike any more.
+    pub fn heal(&mut self) {
+        self.failing = None;
+        self.space = usize::MAX;
+    }
+
     /// The names, for tests.
     pub fn names(&self) -> Vec<String> {
         self.names.keys().cloned().collect()
@@ -227,9 +418,17 @@ impl MemoryDevice {
                 alone: _,
             } => {
                 let data = self.buffers[buffer][..bytes].to_vec();
+                if self.lies(file, offset, &data, false) {
+                    return Ok(());
+                }
                 self.write(file, offset, data)
             }
-            DeviceOp::Write { file, offset, data } => self.write(file, offset, data),
+            DeviceOp::Write { file, offset, data } => {
+                if self.lies(file, offset, &data, true) {
+                    return Ok(());
+                }
+                self.write(file, offset, data)
+            }
             DeviceOp::Zero {
                 file,
                 offset,
@@ -237,6 +436,24 @@ impl MemoryDevice {
             } => self.write(file, offset, vec![0; bytes]),
             other => unreachable!("{other:?} writes nothing"),
         }
+    }
+
+    /// True if the disk reports this write done and does something else.
+    fn lies(&mut self, file: FileId, offset: u64, bytes: &[u8], header: bool) -> bool {
+        let misdirected = match self.failing {
+            Some(Failing::LostWrite) => false,
+            Some(Failing::MisdirectedWrite) => true,
+            Some(
+                Failing::Write | Failing::Flush | Failing::NoSpace | Failing::Read | Failing::Rot,
+            )
+            | None => return false,
+        };
+        self.failing = None;
+        self.lose(file, offset, bytes, header);
+        if misdirected {
+            self.misdirect(file, offset, bytes);
+        }
+        true
     }
 
     fn write(&mut self, file: FileId, offset: u64, bytes: Vec<u8>) -> Result<(), DeviceError> {
@@ -249,7 +466,14 @@ impl MemoryDevice {
                 self.failing = None;
                 return Err(error(DeviceErrorKind::NoSpace, "write: simulated ENOSPC"));
             }
-            Some(Failing::Flush | Failing::Read | Failing::Rot) | None => {}
+            Some(
+                Failing::Flush
+                | Failing::Read
+                | Failing::Rot
+                | Failing::LostWrite
+                | Failing::MisdirectedWrite,
+            )
+            | None => {}
         }
         let end = offset as usize + bytes.len();
         self.reserve(end.saturating_sub(self.data[file.0 as usize].bytes.len()))?;
@@ -258,6 +482,13 @@ impl MemoryDevice {
             data.bytes.resize(end, 0);
         }
         data.bytes[offset as usize..end].copy_from_slice(&bytes);
+        self.changes += 1;
+        if !self.truth.is_empty() {
+            for block in offset as usize / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES) {
+                self.truth.remove(&(file.0 as usize, block));
+            }
+        }
+        data.dirty = true;
         data.unflushed.push((offset as usize, bytes));
         Ok(())
     }
@@ -273,6 +504,15 @@ impl MemoryDevice {
     fn flush(&mut self, file: FileId) -> Result<(), DeviceError> {
         if self.failing == Some(Failing::Flush) {
             self.failing = None;
+            // As on Linux: the pages count as clean from now on, whether they were written or not.
+            let data = &mut self.data[file.0 as usize];
+            data.durable.resize(data.bytes.len(), 0);
+            data.spoilt = true;
+            for (offset, bytes) in data.unflushed.drain(..) {
+                if self.random.one_in(2) {
+                    data.durable[offset..offset + bytes.len()].copy_from_slice(&bytes);
+                }
+            }
             return Err(error(DeviceErrorKind::Io, "flush: simulated EIO"));
         }
         if self.flushes_lie {
@@ -283,6 +523,8 @@ impl MemoryDevice {
         for (offset, bytes) in data.unflushed.drain(..) {
             data.durable[offset..offset + bytes.len()].copy_from_slice(&bytes);
         }
+        // What a failed flush has dropped is not on the disk after this one either.
+        data.dirty = data.spoilt;
         Ok(())
     }
 }
@@ -296,6 +538,17 @@ fn error(kind: DeviceErrorKind, what: &str) -> DeviceError {
 
 impl Device for MemoryDevice {
     fn perform(&mut self, op: DeviceOp) -> Result<Output, DeviceError> {
+        if let Some((kind, left)) = &mut self.power_fails
+            && *kind == op.name()
+        {
+            if *left == 0 {
+                self.failed_at = Some(op.name());
+            }
+            *left = left.saturating_sub(1);
+        }
+        if self.failed_at.is_some() {
+            return Err(error(DeviceErrorKind::Io, "the power is gone"));
+        }
         match op {
             DeviceOp::List => Ok(Output::Names(self.names())),
             DeviceOp::Create { name, bytes } => {
@@ -305,10 +558,12 @@ impl Device for MemoryDevice {
                 self.reserve(bytes as usize)?;
                 self.data.push(Data {
                     bytes: vec![0; bytes as usize],
+                    dirty: true,
                     ..Data::default()
                 });
                 let index = self.data.len() - 1;
                 self.names.insert(name, index);
+                self.changes += 1;
                 Ok(Output::File(FileId(index as u32), bytes))
             }
             DeviceOp::Open { name } => match self.names.get(&name) {
@@ -357,12 +612,16 @@ impl Device for MemoryDevice {
             DeviceOp::Rename { from, to } => match self.names.remove(&from) {
                 Some(index) => {
                     self.names.insert(to, index);
+                    self.changes += 1;
                     Ok(Output::Done)
                 }
                 None => Err(error(DeviceErrorKind::NotFound, "rename: no such name")),
             },
             DeviceOp::Remove { name } => match self.names.remove(&name) {
-                Some(_) => Ok(Output::Done),
+                Some(_) => {
+                    self.changes += 1;
+                    Ok(Output::Done)
+                }
                 None => Err(error(DeviceErrorKind::NotFound, "remove: no such name")),
             },
             DeviceOp::Close { file } => {
@@ -371,6 +630,7 @@ impl Device for MemoryDevice {
                 let held = |names: &BTreeMap<String, usize>| names.values().any(|&i| i == index);
                 if !held(&self.names) && !held(&self.durable_names) {
                     self.data[index] = Data::default();
+                    self.truth.retain(|&(file, _), _| file != index);
                 }
                 Ok(Output::Done)
             }

@@ -15,6 +15,7 @@ use std::fmt;
 use pelton_core::{
     id::Lsn,
     limits::BATCH_BYTES_MAX,
+    planted::{Bug, planted},
     record::{RECORD_ALIGN, RECORD_HEADER_BYTES},
 };
 
@@ -183,9 +184,8 @@ pub fn records<'a>(
 struct Survey {
     segments: BTreeMap<u64, Segment>,
     dead: Vec<File>,
-    /// What the second copies of headers say where the first ones say something else. A file that was being recycled
-    /// looks so, and so does a file whose first copy another file's was written over.
-    overwritten: Vec<Segment>,
+    /// What files were by the second copy of their header, where the first one tells of another segment.
+    hidden: Vec<Segment>,
     leftovers: Vec<String>,
     next_file: u32,
     segment_bytes: u64,
@@ -200,7 +200,7 @@ impl Survey {
         let mut survey = Survey {
             segments: BTreeMap::new(),
             dead: Vec::new(),
-            overwritten: Vec::new(),
+            hidden: Vec::new(),
             leftovers: Vec::new(),
             next_file: 0,
             segment_bytes: options.segment_bytes,
@@ -223,10 +223,10 @@ impl Survey {
                 survey.dead.push(file);
                 continue;
             };
-            if let Some(second) = second
-                && second.segment < u64::MAX / options.segment_bytes
-            {
-                survey.overwritten.push(Segment {
+            if let Some(second) = second.filter(|second| {
+                *second != header && second.segment < u64::MAX / options.segment_bytes
+            }) {
+                survey.hidden.push(Segment {
                     number: second.segment,
                     key: second.key,
                     file,
@@ -253,7 +253,7 @@ impl Survey {
             };
             // A crash while a segment was being prepared again leaves its number twice: the younger epoch counts.
             let known = epochs.get(&header.segment).copied();
-            if known.is_some_and(|epoch| epoch > header.epoch) {
+            if known.is_some_and(|epoch| epoch > header.epoch) && !planted(Bug::DroppedEpochCheck) {
                 survey.dead.push(file);
                 continue;
             }
@@ -289,6 +289,27 @@ impl Survey {
         Ok(false)
     }
 
+    /// A file gets a new header only when its segment is dead, the first copy first. A crash in between leaves two, and
+    /// behind the second one nothing that is needed. Where a live segment stands behind it, a write that was meant for
+    /// another place has hidden that segment.
+    fn look_behind_headers<D: Device>(
+        &self,
+        reader: &mut Reader<'_, D>,
+        first: u64,
+    ) -> Result<(), RecoverError> {
+        for segment in self.hidden.iter().filter(|hidden| hidden.number >= first) {
+            if reader.batch(self, segment, SEGMENT_DATA_OFFSET)?.is_some() {
+                return Err(RecoverError::Corrupt {
+                    file: segment_name(segment.file.number),
+                    segment: segment.number,
+                    offset: SEGMENT_DATA_OFFSET,
+                    what: "a live segment, and the first copy of its header is another segment's",
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn corrupt(&self, at: Lsn, what: &'static str) -> RecoverError {
         let segment = at.0 / self.segment_bytes;
         let file = self.segments.get(&segment).map_or_else(
@@ -308,8 +329,8 @@ impl Survey {
     }
 }
 
-/// The header of a segment file, from whichever copy is whole, and the second copy where it is whole too and another;
-/// `None` for a file that never became a segment.
+/// The header of a segment file, from whichever copy is whole, and the second copy if both are; `None` for a file that
+/// never became a segment.
 fn read_header<D: Device>(
     device: &mut D,
     file: crate::device::FileId,
@@ -328,14 +349,16 @@ fn read_header<D: Device>(
         None => Err(BadHeader::Damaged),
     });
     match copies {
-        [Ok(header), second] => Ok(Some((header, second.ok().filter(|s| *s != header)))),
+        [Ok(header), second] => Ok(Some((header, second.ok()))),
         [Err(BadHeader::Damaged | BadHeader::Zero), Ok(header)] => Ok(Some((header, None))),
-        [Err(BadHeader::Version(version)), _] | [_, Err(BadHeader::Version(version))] => {
-            Err(RecoverError::Version {
-                file: name.to_owned(),
-                version,
-            })
-        }
+        [Err(BadHeader::Version(version)), _]
+        | [
+            Err(BadHeader::Zero | BadHeader::Damaged),
+            Err(BadHeader::Version(version)),
+        ] => Err(RecoverError::Version {
+            file: name.to_owned(),
+            version,
+        }),
         // The second copy is written only after the first was flushed: this one was being prepared for the first time.
         [
             Err(BadHeader::Zero | BadHeader::Damaged),
@@ -478,6 +501,7 @@ fn judge<D: Device>(
         }
     }
     let Some(begun) = begun else {
+        survey.look_behind_headers(reader, 0)?;
         // No segment holds a first batch. One that holds any other lost its first.
         let witness = find_witness(survey, reader, Lsn(0))?;
         return match survey.segments.first_key_value() {
@@ -497,6 +521,7 @@ fn judge<D: Device>(
         }
     }
     judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
+    survey.look_behind_headers(reader, judged.first)?;
     if judged.first > begun && !survey.segments.contains_key(&judged.first) {
         return Err(survey.corrupt(
             survey.start_of(begun),
@@ -558,7 +583,7 @@ fn judge<D: Device>(
         break;
     }
     let end = Lsn(number * survey.segment_bytes + offset);
-    if find_witness(survey, reader, end)? {
+    if find_witness(survey, reader, end)? && !planted(Bug::TruncateOnCorruption) {
         return Err(survey.corrupt(
             end,
             "the batch here is unreadable, and a later one says that it was durable",
@@ -613,8 +638,7 @@ fn hand_on(
     }
 }
 
-/// True if a sound batch behind `end` was written when more than that was durable. Files whose header was overwritten
-/// are searched under both: at no time was more durable than the log's end is, unless the log was longer.
+/// True if a sound batch behind `end` was written when more than that was durable.
 fn find_witness<D: Device>(
     survey: &Survey,
     reader: &mut Reader<'_, D>,
@@ -622,8 +646,7 @@ fn find_witness<D: Device>(
 ) -> Result<bool, RecoverError> {
     let from_segment = end.0 / survey.segment_bytes;
     let later = survey.segments.range(from_segment..);
-    let segments = later.map(|(_, segment)| segment);
-    for segment in segments.chain(&survey.overwritten) {
+    for segment in later.map(|(_, segment)| segment) {
         let mut offset = if segment.number == from_segment {
             (end.0 % survey.segment_bytes).max(SEGMENT_DATA_OFFSET)
         } else {

@@ -4,6 +4,8 @@
 //! and both copies of its header are flushed and read back. The copies are flushed one after the other, so that a
 //! crash leaves at least one of them whole: a file with two damaged headers was damaged by the disk.
 
+use pelton_core::planted::{Bug, planted};
+
 use crate::{
     device::{DeviceOp, FileId, Output},
     format::{BLOCK_BYTES, SegmentHeader},
@@ -209,6 +211,7 @@ impl Work {
             }
             Stage::Fill => Stage::FlushFilled,
             Stage::FlushFilled => Stage::Rename,
+            Stage::Rename if planted(Bug::MissingDirectoryFlush) => Stage::FirstHeader,
             Stage::Rename => Stage::FlushName,
             Stage::FlushName => Stage::FirstHeader,
             Stage::FirstHeader => Stage::FlushFirst,

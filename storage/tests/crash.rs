@@ -12,7 +12,7 @@ use pelton_core::{
 };
 use pelton_storage::{
     device::{Device, DeviceOp, Output},
-    format::BLOCK_BYTES,
+    format::{BLOCK_BYTES, SegmentHeader},
     log::{Log, LogEvent, Options},
     memory::{MemoryDevice, Random},
     recover::{Outcome, RecoverError, Report, recover},
@@ -347,6 +347,43 @@ fn a_segment_with_both_headers_damaged_or_gone_is_named() {
         matches!(report, Err(RecoverError::Corrupt { .. })),
         "{report:?}"
     );
+}
+
+#[test]
+fn a_live_segment_behind_another_ones_header_is_named() {
+    let mut rig = Rig::new(6);
+    for _ in 0..60 {
+        rig.append(4_000);
+        rig.settle();
+    }
+    let last = rig.appended[rig.accepted - 1].0.0 / OPTIONS.segment_bytes;
+    let mut device = rig.log.take().unwrap().into_device();
+    let file_of = |device: &MemoryDevice, number: u64| {
+        let names = device.names();
+        let header = |name: &String| SegmentHeader::decode(&device.contents(name)[..BLOCK_BYTES]);
+        let found = names
+            .iter()
+            .find(|name| header(name).is_ok_and(|header| header.segment == number));
+        found.unwrap().clone()
+    };
+    let (hit, next) = (file_of(&device, last), file_of(&device, last + 1));
+    let data = device.contents(&next)[..BLOCK_BYTES].to_vec();
+    let Ok(Output::File(file, _)) = device.perform(DeviceOp::Open { name: hit.clone() }) else {
+        panic!("the file is there");
+    };
+    let misdirected = DeviceOp::Write {
+        file,
+        offset: 0,
+        data,
+    };
+    device.perform(misdirected).unwrap();
+    let (result, _) = rig.start(device);
+    match result {
+        Err(RecoverError::Corrupt { file, segment, .. }) => {
+            assert_eq!((file, segment), (hit, last));
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

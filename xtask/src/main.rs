@@ -5,6 +5,7 @@ mod cargo;
 mod chaos;
 mod ci;
 mod fuzz;
+mod planted;
 mod sim;
 mod test;
 mod tidy;
@@ -37,6 +38,8 @@ enum Command {
     Chaos(chaos::Args),
     /// Look for inputs that break what reads them: frames, records, a damaged log, settings, ids
     Fuzz(fuzz::Args),
+    /// Wake each planted bug and see which invariant falls
+    Planted(planted::Args),
     /// Run `pelton bench` in release; everything behind `bench` is handed on
     Bench(bench::Args),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Sim(args) => sim::run(&args),
         Command::Chaos(args) => chaos::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Planted(args) => planted::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     done.unwrap_or_else(|error: io::Error| {

@@ -13,8 +13,10 @@ use crate::{
     },
     id::{FunctionId, RequestId, SlotIndex, Token},
     limits::DELAY_MS_MAX,
+    planted::{Bug, planted},
     record::{BatchSpace, Schema, TaskRecordV1},
     shard::{Accepted, Fact, Shard, Waiter},
+    state::{Event, State},
     table::task::{FLAG_MEMORY, FLAG_META, NIL},
 };
 
@@ -123,10 +125,8 @@ impl Shard {
                 answer.request = request;
                 answer.durable = task.durability == Durability::Disk;
                 at_once = !answer.durable
-                    || cfg!(any(
-                        pelton_planted = "ack_before_flush",
-                        pelton_planted = "ack_before_device"
-                    ));
+                    || planted(Bug::AckBeforeFlush)
+                    || cfg!(pelton_planted = "ack_before_device");
             }
             let target = if at_once {
                 effects.edge(edge)
@@ -246,6 +246,7 @@ impl Shard {
         }
         self.pending_names
             .get(&name)
+            .filter(|_| !planted(Bug::DuplicateForgotten))
             .map(|&(request, hash, number)| (request, hash, Some(number)))
     }
 
@@ -363,6 +364,7 @@ impl Shard {
                 attempt: 1,
             };
             self.append_lease(request, token, binding, space);
+            self.meet(State::Enqueued, Event::Lease);
             self.open.appended.leased_at_once += 1;
             let timeout_ms = self.lanes[task.function.0 as usize].config.timeout_ms;
             let (connection, index) = self.executor_of(binding);

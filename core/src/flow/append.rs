@@ -6,7 +6,7 @@ use crate::{
     limits::{BATCH_BYTES_SEAL, RECORD_BYTES_LARGE},
     record::{BatchSpace, ClockRecordV1, LeaseRecordV1, MoveRecordV1, Schema, record_bytes},
     shard::{Fact, Shard},
-    state::State,
+    state::{Event, State},
     table::task::FLAG_BUSY,
 };
 
@@ -75,6 +75,14 @@ impl Shard {
         state: State,
         space: &mut BatchSpace<'_>,
     ) -> Lsn {
+        let event = if state == State::Expired {
+            Event::Expire
+        } else if state == State::Invalid {
+            Event::Remove
+        } else {
+            Event::Stop
+        };
+        self.meet(self.tasks[slot].state(), event);
         let task = &mut self.tasks[slot];
         task.set(FLAG_BUSY);
         let request = task.request(slot);

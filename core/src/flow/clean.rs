@@ -15,6 +15,7 @@ use crate::{
     flow::admit::{key_hash, name_hash},
     id::{ConnectionId, FunctionId, Lsn, RequestId, Token},
     limits::{BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_SEGMENTS_MIN},
+    planted::{Bug, planted},
     record::{
         ArchivedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, ArchivedTaskRecordV1, BatchSpace,
         Record, RelocatedNameRecordV1, RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema,
@@ -195,7 +196,7 @@ impl Shard {
             );
         };
         let task = self.tasks[slot];
-        if task.has(FLAG_BUSY | FLAG_FETCHING) {
+        if task.has(FLAG_BUSY | FLAG_FETCHING) && !planted(Bug::MovedWhileSettling) {
             return Looked::Wait;
         }
         let variable = record.task_id.len()
@@ -475,7 +476,11 @@ impl Shard {
             request.accepted_ms() + self.options.dedup_window_ms <= record.at_ms.to_native();
         let accepted = Accepted {
             max_age_s: record.max_age_s.to_native(),
-            name: if window_over { 0 } else { accepted.name },
+            name: if window_over || planted(Bug::NameLostInMove) {
+                0
+            } else {
+                accepted.name
+            },
             key: if state.terminal() { 0 } else { accepted.key },
             ..accepted
         };
@@ -623,8 +628,10 @@ impl Shard {
             if head != NIL && self.tasks[head].state() == State::Enqueued {
                 self.demote_head(index);
             }
-            let successors = self.sorted(self.keys[index].successors);
-            self.keys[index].successors = successors;
+            if !planted(Bug::OrderLostInMove) {
+                let successors = self.sorted(self.keys[index].successors);
+                self.keys[index].successors = successors;
+            }
             if self.keys[index].head == NIL && !self.keys[index].held {
                 self.advance_key(index);
             }

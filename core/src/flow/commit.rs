@@ -5,6 +5,7 @@ use crate::{
     error::Code,
     event::{Control, Durable, Effects, Finished, Span, stow},
     id::{FunctionId, Lsn},
+    planted::{Bug, planted},
     record::{Record, read_whole},
     schedule::pool::Signal,
     shard::{Accepted, Fact, Key, Name, Shard},
@@ -116,8 +117,16 @@ impl Shard {
                     let task = &mut self.tasks[slot];
                     task.set_state(State::Retrying);
                     task.at = due_ms;
-                    self.due.insert((due_ms, slot));
+                    let key = task.key;
+                    if !(self.replaying && planted(Bug::RetryForgotten)) {
+                        self.due.insert((due_ms, slot));
+                    }
                     self.own_age(slot);
+                    if key != NIL && planted(Bug::OrderKeyBroken) {
+                        self.tasks[slot].clear(FLAG_KEY_HEAD);
+                        self.keys[key].head = NIL;
+                        self.advance_key(key);
+                    }
                 } else {
                     let outcome = (position, record_bytes);
                     self.finish(slot, state, outcome, code, durable, effects);
@@ -353,7 +362,7 @@ impl Shard {
             own => own,
         };
         // A delayed task's age counts from when it was due.
-        let from = if task.state() == State::Scheduled {
+        let from = if task.state() == State::Scheduled && !planted(Bug::ExpiredEarly) {
             task.at
         } else {
             task.accepted_ms()

@@ -6,6 +6,7 @@ use crate::{
     event::{Outcome, OutcomeAck, OutcomeBatch, Urgency, Verdict},
     id::{ConnectionId, RequestId},
     limits::{ERROR_BYTES_MAX, OUTPUT_BYTES_MAX, RECORD_BYTES_LARGE},
+    planted::{Bug, planted},
     record::{BatchSpace, OutcomeRecordV1, Schema},
     schedule::pool::{Signal, WINDOW_NS},
     shard::{Fact, Shard},
@@ -117,7 +118,9 @@ impl Shard {
     fn settling(&self, request: RequestId) -> bool {
         self.tasks.find(request).is_some_and(|slot| {
             let task = &self.tasks[slot];
-            task.has(FLAG_BUSY) && matches!(task.state(), State::Running | State::Stopping)
+            !planted(Bug::CompletionCountedTwice)
+                && task.has(FLAG_BUSY)
+                && matches!(task.state(), State::Running | State::Stopping)
         })
     }
 
@@ -126,8 +129,7 @@ impl Shard {
         let slot = self.tasks.find(outcome.request)?;
         let task = &self.tasks[slot];
         let running = matches!(task.state(), State::Running | State::Stopping);
-        let current =
-            task.token() == outcome.token || cfg!(pelton_planted = "stale_token_accepted");
+        let current = task.token() == outcome.token || planted(Bug::StaleTokenAccepted);
         (running && current).then_some(slot)
     }
 
@@ -162,7 +164,7 @@ impl Shard {
         self.counters.throttled += u64::from(signal == Signal::Overload);
         // Parked first, or the lane would start another task as the slot falls free.
         self.park(function, park_ns);
-        if cfg!(pelton_planted = "credit_leak") && signal == Signal::Overload {
+        if planted(Bug::CreditLeak) && signal == Signal::Overload {
             self.adopt_credit(slot);
         }
         self.release(slot);
@@ -171,7 +173,7 @@ impl Shard {
 
     /// A running task goes back to the front of its lane without a record: a restart finds it leased and waits a term.
     pub(crate) fn release(&mut self, slot: u32) {
-        assert!(self.tasks[slot].state().on(Event::Release) == Some(State::Enqueued));
+        self.meet(self.tasks[slot].state(), Event::Release);
         self.leave_executor(slot);
         let tenant = self.tenant_of(slot);
         self.queues[tenant.0 as usize].waiting += 1;
@@ -215,7 +217,8 @@ impl Shard {
         let task = &self.tasks[slot];
         let config = self.lanes[task.function.0 as usize].config;
         let lane_live = self.lanes[task.function.0 as usize].live;
-        if task.retries() >= config.retries || task.has(FLAG_OVERDUE) || !lane_live {
+        let allowed = config.retries + u8::from(planted(Bug::OneRetryTooMany));
+        if task.retries() >= allowed || task.has(FLAG_OVERDUE) || !lane_live {
             self.append_outcome(slot, State::Failed, 0, code, error, output, &[], space);
             return;
         }
@@ -266,6 +269,16 @@ impl Shard {
         result: &[u8],
         space: &mut BatchSpace<'_>,
     ) {
+        let event = if state == State::Retrying {
+            Event::Retry
+        } else if state == State::Succeeded {
+            Event::Succeed
+        } else if state == State::Stopped {
+            Event::StopDone
+        } else {
+            Event::Fail
+        };
+        self.meet(self.tasks[slot].state(), event);
         let task = &mut self.tasks[slot];
         task.set(FLAG_BUSY);
         let (request, token, retries) = (task.request(slot), task.token(), task.retries());

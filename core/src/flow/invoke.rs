@@ -8,7 +8,7 @@ use crate::{
     record::{BatchSpace, read_task},
     schedule::pool::Signal,
     shard::Shard,
-    state::{Event, State},
+    state::Event,
     table::task::*,
     times::Part,
 };
@@ -17,11 +17,11 @@ impl Shard {
     /// Leases a dequeued task whose record is in memory; it goes back to its lane if its slot is gone.
     pub(crate) fn invoke(&mut self, slot: u32, space: &mut BatchSpace<'_>) {
         let task = self.tasks[slot];
-        assert!(task.state().on(Event::Lease) == Some(State::Running));
         let Some(binding) = self.use_slot(task.function) else {
             self.put_back(slot);
             return;
         };
+        self.meet(task.state(), Event::Lease);
         self.lanes[task.function.0 as usize].promised -= 1;
         let request = task.request(slot);
         let token = Token {

@@ -8,6 +8,7 @@ use crate::{
     flow::admit::name_hash,
     id::{ConnectionId, Lsn, TenantId},
     limits::{STOP_GRACE, STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
+    planted::{Bug, planted},
     record::{BatchSpace, record_bytes},
     shard::{LOG_FAILED, Shard, Waiter},
     state::{Event, State},
@@ -249,7 +250,7 @@ impl Shard {
         };
         self.tasks
             .find(request)
-            .filter(|&slot| self.tenant_of(slot) == tenant)
+            .filter(|&slot| self.tenant_of(slot) == tenant || planted(Bug::OtherTenantShown))
     }
 
     fn view(&self, slot: u32) -> TaskView {

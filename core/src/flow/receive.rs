@@ -58,7 +58,7 @@ impl Shard {
     /// Takes the head of a lane, for which a credit has been taken, and leases it, at once or when it has been read.
     fn dequeue(&mut self, slot: u32, space: &mut BatchSpace<'_>, effects: &mut Effects) {
         let task = self.tasks[slot];
-        assert!(task.state().on(Event::Dequeue) == Some(State::Dequeued));
+        self.meet(task.state(), Event::Dequeue);
         let lane = &mut self.lanes[task.function.0 as usize];
         let mut waiting = lane.waiting;
         let next = task.next;
@@ -161,6 +161,7 @@ impl Shard {
 
     /// A fetched task goes back to the front of its lane; nothing was logged, nothing is spent.
     pub(crate) fn put_back(&mut self, slot: u32) {
+        self.meet(self.tasks[slot].state(), Event::Release);
         let function = self.tasks[slot].function.0 as usize;
         self.lanes[function].promised -= 1;
         self.give_credit(slot, Signal::Clean, false);

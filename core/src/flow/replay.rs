@@ -4,10 +4,12 @@ use alloc::boxed::Box;
 
 use crate::{
     clock::Now,
+    config::Change,
     error::Code,
     event::Effects,
     flow::admit::{key_hash, name_hash},
     id::{ConnectionId, FunctionId, Lsn, RequestId, TenantId, Token},
+    planted::{Bug, planted},
     record::{ArchivedTaskRecordV1, RECORD_HEADER_BYTES, Record, Unreadable, read},
     shard::{Accepted, Fact, Shard},
     state::State,
@@ -60,6 +62,12 @@ impl Shard {
             }
             Record::Config(config) => {
                 let change = Box::new(config.change().ok_or(unreadable)?);
+                if let Change::Function { id, .. } = *change
+                    && self.directory.function(id).is_some()
+                    && planted(Bug::ConfigNotReplayed)
+                {
+                    return Ok(());
+                }
                 (
                     Fact::Config {
                         version: config.version.to_native(),

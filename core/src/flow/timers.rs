@@ -5,6 +5,7 @@ use crate::{
     error::Code,
     flow::clean::NAME_LIVE_BYTES,
     id::FunctionId,
+    planted::{Bug, planted},
     record::{BatchSpace, record_bytes},
     shard::Shard,
     state::{Event, State},
@@ -39,12 +40,8 @@ impl Shard {
             }
             self.due.remove(&(at, slot));
             self.own_age(slot);
-            let task = &self.tasks[slot];
-            assert!(
-                task.state().on(Event::Due) == Some(State::Enqueued),
-                "only delayed tasks are due"
-            );
-            let function = task.function;
+            self.meet(self.tasks[slot].state(), Event::Due);
+            let function = self.tasks[slot].function;
             self.enqueue(slot, false);
             if !self.lanes[function.0 as usize].live {
                 self.doom(function);
@@ -143,7 +140,9 @@ impl Shard {
                 return;
             }
             self.parks.remove(&(at, function));
-            self.wake_lane(FunctionId(function));
+            if !planted(Bug::LostWakeUp) {
+                self.wake_lane(FunctionId(function));
+            }
         }
     }
 
@@ -175,11 +174,13 @@ impl Shard {
                 self.cancel_after_flush(slot);
                 self.leave_executor(slot);
                 // The slot stays taken until the executor says that it let go.
-                let before = self.bindings[binding as usize].free();
-                self.bindings[binding as usize].used += 1;
-                self.recount(binding, before);
-                if let Some(session) = self.sessions.get_mut(&executor) {
-                    session.overdue.insert((request, token), binding);
+                if !planted(Bug::OverdueSlotReused) {
+                    let before = self.bindings[binding as usize].free();
+                    self.bindings[binding as usize].used += 1;
+                    self.recount(binding, before);
+                    if let Some(session) = self.sessions.get_mut(&executor) {
+                        session.overdue.insert((request, token), binding);
+                    }
                 }
                 self.fail_attempt(
                     slot,

@@ -101,7 +101,7 @@ impl Ledger {
     }
 
     fn lends(&self) -> bool {
-        self.ready() || cfg!(pelton_planted = "lends_before_reports")
+        self.ready() || crate::planted::planted(crate::planted::Bug::LendsBeforeReports)
     }
 
     /// A shard says what it holds.
