@@ -210,6 +210,9 @@ pub struct Oracle {
     running: BTreeMap<FunctionId, BTreeSet<RequestId>>,
     /// Attempts that run nowhere, or that their shard may have given back, although the disk does not say so.
     over: BTreeSet<(RequestId, Token)>,
+    /// Attempts that were given back in memory before their task's record was moved. A later start finds them leased
+    /// where the log still has the lease, and given back where it has only the moved record.
+    moved_released: BTreeSet<(RequestId, Token)>,
 }
 
 impl Oracle {
@@ -567,10 +570,7 @@ impl Oracle {
                 if known.state == State::Running
                     && !matches!(state, State::Running | State::Stopping)
                 {
-                    // It was given back before, which is in no record but this: no later start finds it leased.
-                    let running = self.running.entry(known.function).or_default();
-                    running.remove(&request);
-                    self.task(request)?.state = State::Enqueued;
+                    self.moved_released.insert((request, known.token));
                 }
             }
             Record::RelocatedOutcome(relocated) => {
@@ -679,10 +679,11 @@ impl Oracle {
         if limit == 0 || !agreed || disk.batches < batch + 2 || disk.replayed.is_some() {
             return Ok(());
         }
-        let (tasks, over) = (&self.tasks, &self.over);
+        let (tasks, over, moved) = (&self.tasks, &self.over, &self.moved_released);
         let count = running
             .iter()
-            .filter(|&&other| !over.contains(&(other, tasks[&other].token)))
+            .map(|&other| (other, tasks[&other].token))
+            .filter(|attempt| !over.contains(attempt) && !moved.contains(attempt))
             .count();
         self.tally.limited += 1;
         require(
@@ -903,7 +904,8 @@ impl Oracle {
                 require(
                     !current
                         || self.ended.contains_key(&attempt)
-                        || self.released.contains(&attempt),
+                        || self.released.contains(&attempt)
+                        || self.moved_released.contains(&attempt),
                     "current_token_is_taken",
                     || format!("{request} {token:?} is current and was refused"),
                 )

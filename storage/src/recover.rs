@@ -384,6 +384,9 @@ struct Reader<'d, D> {
     bytes: Block,
 }
 
+const UNREADABLE_AND_DURABLE: &str =
+    "the batch here is unreadable, and a later one says that it was durable";
+
 /// Bytes of one read; a batch always fits.
 const READ_BYTES: usize = 2 * BATCH_BYTES_MAX;
 
@@ -530,6 +533,16 @@ fn judge<D: Device>(
     }
     let missing = (judged.first..=begun).find(|number| !survey.segments.contains_key(number));
     if let Some(missing) = missing {
+        // A batch behind a damaged one may say that the segment is not needed: then it is that one which is unreadable.
+        let damaged = Lsn(begun * survey.segment_bytes + place);
+        while place > 0 && place < survey.segment_bytes {
+            if let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)?
+                && header.retired.0 / survey.segment_bytes > missing
+            {
+                return Err(survey.corrupt(damaged, UNREADABLE_AND_DURABLE));
+            }
+            place += BLOCK_BYTES as u64;
+        }
         return Err(survey.corrupt(
             survey.start_of(missing),
             "a segment that holds live data is missing",
@@ -584,10 +597,7 @@ fn judge<D: Device>(
     }
     let end = Lsn(number * survey.segment_bytes + offset);
     if find_witness(survey, reader, end)? && !planted(Bug::TruncateOnCorruption) {
-        return Err(survey.corrupt(
-            end,
-            "the batch here is unreadable, and a later one says that it was durable",
-        ));
+        return Err(survey.corrupt(end, UNREADABLE_AND_DURABLE));
     }
     judged.last = number;
     judged.tail = offset;
