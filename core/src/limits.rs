@@ -53,6 +53,10 @@ pub const SEGMENT_BYTES_MIN: usize = 4 << 20;
 pub const SEGMENT_BYTES_DEFAULT: usize = 64 << 20;
 /// The largest segment.
 pub const SEGMENT_BYTES_MAX: usize = 256 << 20;
+/// Finished tasks that a shard keeps for queries.
+pub const FINISHED_MAX_DEFAULT: u32 = 1_000_000;
+/// Bytes of their records in the log; beyond either bound the oldest of them are forgotten.
+pub const FINISHED_BYTES_MAX_DEFAULT: u64 = 1 << 30;
 /// The log is not cleaned while it has fewer closed segments than this.
 pub const CLEAN_SEGMENTS_MIN: u64 = 4;
 /// Bytes of the log that cleaning goes through in one step.

@@ -16,7 +16,10 @@ use crate::{
     event::{Control, Counters, Durable, EdgeBatch, Effects, Inbox, Urgency},
     flow::clean::Cleaning,
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
-    limits::{CLEAN_EVERY_NS, DEDUP_WINDOW_MS, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT},
+    limits::{
+        CLEAN_EVERY_NS, DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT,
+        PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT,
+    },
     planted::{Bug, planted},
     record::BatchSpace,
     schedule::{
@@ -51,6 +54,8 @@ pub struct Options {
     pub fetched_bytes_max: usize,
     /// Finished tasks kept for queries.
     pub finished_max: u32,
+    /// Bytes of their records in the log.
+    pub finished_bytes_max: u64,
     /// Time for which a lease outlives its executor's connection.
     pub lease_ms: u64,
     /// Time for which a `task_id` names one task.
@@ -66,7 +71,8 @@ impl Default for Options {
             seed: 0,
             payload_bytes_max: PAYLOAD_BYTES_DEFAULT as u32,
             fetched_bytes_max: 64 << 20,
-            finished_max: 1_000_000,
+            finished_max: FINISHED_MAX_DEFAULT,
+            finished_bytes_max: FINISHED_BYTES_MAX_DEFAULT,
             lease_ms: 15_000,
             dedup_window_ms: DEDUP_WINDOW_MS,
         }
@@ -301,6 +307,8 @@ pub struct Shard {
     pub(crate) keys_by_hash: SplitMap<u32>,
     pub(crate) keys: PagedSlab<Key>,
     pub(crate) finished: List,
+    /// Bytes of their records.
+    pub(crate) finished_bytes: u64,
     /// Live references into each segment from `first_segment` on.
     pub(crate) segments: VecDeque<u32>,
     pub(crate) first_segment: u64,
@@ -391,6 +399,7 @@ impl Shard {
             keys_by_hash: SplitMap::default(),
             keys: PagedSlab::default(),
             finished: List::default(),
+            finished_bytes: 0,
             segments: VecDeque::new(),
             first_segment: 0,
             config_segment: 0,

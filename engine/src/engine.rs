@@ -17,7 +17,10 @@ use pelton_core::{
     config::{Change, Directory},
     event::Control,
     id::ShardId,
-    limits::{EDGE_COUNT_MAX, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT, SHARD_COUNT_MAX},
+    limits::{
+        EDGE_COUNT_MAX, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT,
+        SEGMENT_BYTES_DEFAULT, SHARD_COUNT_MAX,
+    },
     shard::Options as CoreOptions,
 };
 use pelton_storage::{
@@ -53,6 +56,11 @@ pub struct Options {
     pub payload_bytes_max: usize,
     /// Free bytes of the file system below which submits are refused.
     pub space_bytes_min: u64,
+    /// Finished tasks that each shard keeps for queries, and bytes of their records; beyond either the oldest of them
+    /// are forgotten.
+    pub finished_max: u32,
+    /// See `finished_max`.
+    pub finished_bytes_max: u64,
     /// Time for which a lease outlives its executor's connection.
     pub lease: Duration,
 }
@@ -66,6 +74,8 @@ impl Default for Options {
             segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
             payload_bytes_max: PAYLOAD_BYTES_DEFAULT,
             space_bytes_min: 1 << 30,
+            finished_max: FINISHED_MAX_DEFAULT,
+            finished_bytes_max: FINISHED_BYTES_MAX_DEFAULT,
             lease: Duration::from_secs(15),
         }
     }
@@ -393,6 +403,8 @@ fn setup(
             segment_bytes: manifest.segment_bytes,
             seed: random() as u64,
             payload_bytes_max: options.payload_bytes_max as u32,
+            finished_max: options.finished_max,
+            finished_bytes_max: options.finished_bytes_max,
             lease_ms: options.lease.as_millis() as u64,
             ..CoreOptions::default()
         },

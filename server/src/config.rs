@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pelton_core::limits::{PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_LIMIT};
+use pelton_core::limits::{
+    FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_LIMIT,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -42,6 +44,8 @@ pub struct LimitsLayer {
     pub payload_bytes_max: Option<usize>,
     pub in_flight_max: Option<u32>,
     pub space_bytes_min: Option<u64>,
+    pub finished_max: Option<u32>,
+    pub finished_bytes_max: Option<u64>,
 }
 
 /// `[executor]`
@@ -94,12 +98,14 @@ pub struct Config {
     pub payload_bytes_max: Setting<usize>,
     pub in_flight_max: Setting<u32>,
     pub space_bytes_min: Setting<u64>,
+    pub finished_max: Setting<u32>,
+    pub finished_bytes_max: Setting<u64>,
     pub lease_ms: Setting<u64>,
     pub heartbeat_ms: Setting<u64>,
 }
 
 /// The settings that there are: section, key, and whether it is a number.
-const KEYS: [(&str, &str, bool); 10] = [
+const KEYS: [(&str, &str, bool); 12] = [
     ("server", "listen", false),
     ("server", "data", false),
     ("server", "shards", true),
@@ -108,6 +114,8 @@ const KEYS: [(&str, &str, bool); 10] = [
     ("limits", "payload_bytes_max", true),
     ("limits", "in_flight_max", true),
     ("limits", "space_bytes_min", true),
+    ("limits", "finished_max", true),
+    ("limits", "finished_bytes_max", true),
     ("executor", "lease_ms", true),
     ("executor", "heartbeat_ms", true),
 ];
@@ -194,6 +202,18 @@ impl Config {
                 |layer| layer.limits.space_bytes_min,
                 1 << 30,
             ),
+            finished_max: pick.of(
+                "limits",
+                "finished_max",
+                |layer| layer.limits.finished_max,
+                FINISHED_MAX_DEFAULT,
+            ),
+            finished_bytes_max: pick.of(
+                "limits",
+                "finished_bytes_max",
+                |layer| layer.limits.finished_bytes_max,
+                FINISHED_BYTES_MAX_DEFAULT,
+            ),
             lease_ms: pick.of(
                 "executor",
                 "lease_ms",
@@ -269,6 +289,11 @@ impl Config {
                     "space_bytes_min" => (
                         json!(self.space_bytes_min.value),
                         &self.space_bytes_min.source,
+                    ),
+                    "finished_max" => (json!(self.finished_max.value), &self.finished_max.source),
+                    "finished_bytes_max" => (
+                        json!(self.finished_bytes_max.value),
+                        &self.finished_bytes_max.source,
                     ),
                     "lease_ms" => (json!(self.lease_ms.value), &self.lease_ms.source),
                     _ => (json!(self.heartbeat_ms.value), &self.heartbeat_ms.source),

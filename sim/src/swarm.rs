@@ -139,6 +139,8 @@ pub struct Plan {
     pub fetched_bytes_max: usize,
     /// Finished tasks kept.
     pub finished_max: u32,
+    /// Bytes of their records.
+    pub finished_bytes_max: u64,
     /// Largest payload and result.
     pub payload_bytes_max: u32,
     /// Term of a lease without a connection.
@@ -228,6 +230,7 @@ impl Plan {
             waiting_bounds: r.one_in(5),
             fetched_bytes_max: if r.one_in(2) { 16 << 10 } else { 8 << 20 },
             finished_max: if r.one_in(2) { 150 } else { 1_000_000 },
+            finished_bytes_max: if r.one_in(3) { 64 << 10 } else { 1 << 30 },
             payload_bytes_max: 128 << 10,
             lease_ms: [200, 2_000, 15_000][r.below(3) as usize],
             // Names hold segments: only where both are short is a segment ever dead.

@@ -725,6 +725,7 @@ impl World {
                 payload_bytes_max: self.plan.payload_bytes_max,
                 fetched_bytes_max: self.plan.fetched_bytes_max,
                 finished_max: self.plan.finished_max,
+                finished_bytes_max: self.plan.finished_bytes_max,
                 lease_ms: self.plan.lease_ms,
                 dedup_window_ms: self.plan.dedup_window_ms,
             };

@@ -64,6 +64,7 @@ impl Shard {
             }
         }
         let (mut loose, mut outcomes) = (0, 0u64);
+        let mut finished_bytes = 0;
         let mut live_bytes = self.names.len() as u64 * NAME_LIVE_BYTES;
         let mut beyond = alloc::vec![0u32; self.lanes.len()];
         let mut waiting = alloc::vec![0u64; self.queues.len()];
@@ -110,7 +111,9 @@ impl Shard {
                 | State::Expired
                 | State::Invalid => {}
             }
-            live_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
+            let bytes = u64::from(task.record_bytes() + task.outcome_bytes());
+            live_bytes += bytes;
+            finished_bytes += if task.state().terminal() { bytes } else { 0 };
             loose += u32::from(task.prev == NIL && task.next == NIL);
             outcomes += u64::from(task.state().terminal() && task.at != 0);
             if matches!(task.state(), State::Scheduled | State::Retrying) {
@@ -167,6 +170,10 @@ impl Shard {
             );
         }
         assert_eq!(self.live_bytes, live_bytes, "bytes that are needed");
+        assert_eq!(
+            self.finished_bytes, finished_bytes,
+            "bytes of finished tasks"
+        );
         let references: u64 = self.segments.iter().map(|&count| u64::from(count)).sum();
         let expected = u64::from(self.tasks.live()) + self.names.len() as u64 + outcomes;
         assert_eq!(

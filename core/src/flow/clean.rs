@@ -368,11 +368,11 @@ impl Shard {
         if let Some(slot) = self.tasks.find(request)
             && self.tasks[slot].position == from
         {
-            self.live_bytes -= u64::from(self.tasks[slot].record_bytes());
+            let before = u64::from(self.tasks[slot].record_bytes());
             let task = &mut self.tasks[slot];
             task.position = to;
             task.set_record_bytes(record_bytes);
-            self.live_bytes += u64::from(self.tasks[slot].record_bytes());
+            self.recount_bytes(slot, before, u64::from(self.tasks[slot].record_bytes()));
             self.dereference(self.segment_of(from));
             self.reference(self.segment_of(to));
         }
@@ -391,13 +391,20 @@ impl Shard {
             && self.tasks[slot].state().terminal()
             && self.tasks[slot].at == from.0
         {
-            self.live_bytes -= u64::from(self.tasks[slot].outcome_bytes());
+            let before = u64::from(self.tasks[slot].outcome_bytes());
             let task = &mut self.tasks[slot];
             task.at = to.0;
             task.set_outcome_bytes(record_bytes);
-            self.live_bytes += u64::from(self.tasks[slot].outcome_bytes());
+            self.recount_bytes(slot, before, u64::from(self.tasks[slot].outcome_bytes()));
             self.dereference(self.segment_of(from));
             self.reference(self.segment_of(to));
+        }
+    }
+
+    fn recount_bytes(&mut self, slot: u32, before: u64, after: u64) {
+        self.live_bytes = self.live_bytes - before + after;
+        if self.tasks[slot].state().terminal() {
+            self.finished_bytes = self.finished_bytes - before + after;
         }
     }
 

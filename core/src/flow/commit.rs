@@ -434,7 +434,11 @@ impl Shard {
         let mut finished = self.finished;
         self.tasks.push_back(&mut finished, slot);
         self.finished = finished;
-        if self.finished.count > self.options.finished_max {
+        let task = &self.tasks[slot];
+        self.finished_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
+        while self.finished.count > self.options.finished_max
+            || self.finished_bytes > self.options.finished_bytes_max
+        {
             self.forget(self.finished.head);
         }
     }
@@ -584,7 +588,9 @@ impl Shard {
         self.tasks.unlink(&mut finished, slot);
         self.finished = finished;
         let task = self.tasks[slot];
-        self.live_bytes -= u64::from(task.record_bytes() + task.outcome_bytes());
+        let bytes = u64::from(task.record_bytes() + task.outcome_bytes());
+        self.finished_bytes -= bytes;
+        self.live_bytes -= bytes;
         self.dereference(self.segment_of(task.position));
         if task.at != 0 {
             self.dereference(self.segment_of(Lsn(task.at)));

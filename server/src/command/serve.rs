@@ -92,6 +92,8 @@ fn serve(config: &Config) -> Result<(), String> {
         linger: LINGER,
         payload_bytes_max: config.payload_bytes_max.value,
         space_bytes_min: config.space_bytes_min.value,
+        finished_max: config.finished_max.value,
+        finished_bytes_max: config.finished_bytes_max.value,
         lease: Duration::from_millis(config.lease_ms.value),
         ..Options::default()
     };
