@@ -24,6 +24,8 @@ pub enum Scenario {
     Limits(Flags),
     /// Memory of many waiting tasks, and the time of a restart with them.
     Backlog(Flags),
+    /// How fast a log is read and replayed after the server was killed.
+    Recovery(Flags),
     /// Processor time of a server that has nothing to do.
     Idle(Flags),
 }
@@ -37,6 +39,7 @@ impl Scenario {
             Scenario::Latency(_) => "latency",
             Scenario::Limits(_) => "limits",
             Scenario::Backlog(_) => "backlog",
+            Scenario::Recovery(_) => "recovery",
             Scenario::Idle(_) => "idle",
         }
     }
@@ -49,6 +52,7 @@ impl Scenario {
             | Scenario::Latency(flags)
             | Scenario::Limits(flags)
             | Scenario::Backlog(flags)
+            | Scenario::Recovery(flags)
             | Scenario::Idle(flags) => flags,
         }
     }
@@ -102,7 +106,7 @@ pub struct Flags {
     /// Tasks per second, for latency
     #[arg(long, default_value_t = 5_000)]
     pub rate: u64,
-    /// Tasks that wait, for backlog
+    /// Tasks that wait, for backlog and recovery
     #[arg(long, default_value_t = 1_000_000)]
     pub tasks: u64,
     /// A running server instead of one of its own; counts are not compared with it

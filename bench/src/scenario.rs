@@ -30,6 +30,7 @@ pub async fn run(args: BenchArgs) -> Result<bool, String> {
         Scenario::Latency(_) => latency(&flags, &folder).await?,
         Scenario::Limits(_) => machine(&flags, &folder).await?,
         Scenario::Backlog(_) => backlog(&flags, &folder).await?,
+        Scenario::Recovery(_) => recovery(&flags, &folder).await?,
         Scenario::Idle(_) => idle(&flags, &folder).await?,
     };
     print(&report, flags.json);
@@ -410,6 +411,47 @@ async fn backlog(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String
         "rss_bytes_per_task": round((full.saturating_sub(empty)) as f64 / counted.accepted.max(1) as f64),
         "rss_bytes_after_restart": restarted,
         "stop_s": round(stop.as_secs_f64()),
+        "restart_s": round(ready.as_secs_f64()),
+        "check": { "accepted_client": counted.accepted, "recovered": recovered },
+        "env": environment(folder.path(), 0.0, placement(flags)),
+    });
+    Ok((report, recovered == counted.accepted))
+}
+
+/// The log is read past the page cache, so that it is always cold.
+async fn recovery(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
+    let data = folder.path().join("data");
+    let target = Target::start(flags, &data)?;
+    make_functions(&target.options, flags).await?;
+    let server = target.server.ok_or("recovery needs a server of its own")?;
+    let load = Load {
+        tasks_max: Some(flags.tasks),
+        ..shape(flags, &server.options, false)
+    };
+    let counted = closed(load, || {}, || {})
+        .await
+        .map_err(|error| format!("a client failed: {error}"))?;
+    server.kill();
+    let server = Server::start(&data, flags.shards)?;
+    let ready = server.ready;
+    let figures = stats(&server.options).await?;
+    let shards = figures["shards"].as_array().cloned().unwrap_or_default();
+    let of = |shard: &Value, figure: &str| shard["recovery"][figure].as_u64().unwrap_or(0);
+    let sum = |figure: &str| shards.iter().map(|shard| of(shard, figure)).sum::<u64>();
+    // What the shards took together: they may share a core.
+    let seconds = sum("took_us") as f64 / 1e6;
+    let recovered = total(&figures, "recovered");
+    let report = json!({
+        "bench": "recovery",
+        "schema": 1,
+        "accepted": counted.accepted,
+        "shards": shards.len(),
+        "batches": sum("batches"),
+        "records": sum("records"),
+        "bytes": sum("bytes"),
+        "records_per_s_and_shard": round(sum("records") as f64 / seconds),
+        "bytes_per_s_and_shard": round(sum("bytes") as f64 / seconds),
+        "replay_s": round(seconds),
         "restart_s": round(ready.as_secs_f64()),
         "check": { "accepted_client": counted.accepted, "recovered": recovered },
         "env": environment(folder.path(), 0.0, placement(flags)),

@@ -63,6 +63,8 @@ pub const CLEAN_SEGMENTS_MIN: u64 = 4;
 pub const CLEAN_BYTES_STEP: usize = 32 << 10;
 /// Pause between two steps of cleaning where nothing else keeps the shard awake.
 pub const CLEAN_EVERY_NS: u64 = 100_000;
+/// The same while the next record cannot be moved yet.
+pub const CLEAN_WAITS_NS: u64 = 2_000_000;
 
 /// Batches that one inbox of submits holds.
 pub const INBOX_SUBMIT_BATCHES_MAX: usize = 1024;

@@ -17,8 +17,8 @@ use crate::{
     flow::clean::Cleaning,
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
     limits::{
-        CLEAN_EVERY_NS, DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT,
-        PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT,
+        DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT,
+        SEGMENT_BYTES_DEFAULT,
     },
     planted::{Bug, planted},
     record::BatchSpace,
@@ -560,9 +560,7 @@ impl Shard {
             (self.orphans.count > 0).then_some(self.orphans_end_ns),
             (!self.deferred.is_empty() && self.sealed.is_empty()).then_some(self.now.mono_ns),
             (!self.doomed.is_empty()).then_some(self.now.mono_ns + 1_000_000),
-            self.cleaning
-                .goes_on()
-                .then_some(self.now.mono_ns + CLEAN_EVERY_NS),
+            self.cleaning.next_ns(self.now.mono_ns),
             self.counting.first().map(|entry| entry.0),
             self.idle_credits.first().map(|entry| entry.0),
         ];

@@ -28,7 +28,7 @@ use crate::{
     inbox::{Delivery, Outbox, ShardInbox},
     info::{Info, InfoReply, TaskInfo},
     linger::{Linger, take_short_turns},
-    stats::{ShardStats, Stage},
+    stats::{Recovery, ShardStats, Stage},
 };
 
 /// A batch that holds only outcomes waits this long for company. The planted bug has all batches wait, and longer: those
@@ -123,6 +123,7 @@ impl ShardLoop {
         let device = RingDevice::open(&setup.directory, bell).map_err(OpenError::Device)?;
         let registered = device.is_registered();
         let mut shard = Shard::new(setup.core);
+        let begun = Instant::now();
         let (log, report) = recover(device, setup.log, &mut |lsn, schema, body| {
             shard.replay(lsn, schema, body).map_err(|_| ())
         })
@@ -160,6 +161,12 @@ impl ShardLoop {
         };
         let now = this.now();
         this.shard.start(now);
+        this.stats.recovery = Recovery {
+            batches: report.batches,
+            records: report.records,
+            bytes: report.bytes,
+            took_us: begun.elapsed().as_micros() as u64,
+        };
         this.look_at_space(now.mono_ns);
         Ok((this, report))
     }

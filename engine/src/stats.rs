@@ -71,6 +71,19 @@ impl Stage {
     }
 }
 
+/// A shard's start.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Recovery {
+    /// Batches of the live log.
+    pub batches: u64,
+    /// Their records.
+    pub records: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How long it took to read, judge and replay them.
+    pub took_us: u64,
+}
+
 /// Figures of one shard.
 #[derive(Clone, Debug)]
 pub struct ShardStats {
@@ -80,6 +93,8 @@ pub struct ShardStats {
     pub counters: Counters,
     /// What the log counts.
     pub log: LogStats,
+    /// What the start read of the log, and how long that took.
+    pub recovery: Recovery,
     /// By [`Stage`].
     pub histograms: Vec<Histogram<u64>>,
     /// Turns of the loop that had something to do.
@@ -104,6 +119,7 @@ impl ShardStats {
             shard,
             counters: Counters::default(),
             log: LogStats::default(),
+            recovery: Recovery::default(),
             histograms: Stage::ALL.map(|_| histogram()).into(),
             turns: 0,
             parks: 0,

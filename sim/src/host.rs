@@ -158,7 +158,7 @@ impl Host {
         let again = (!self.inbox.control.is_empty()
             || !self.inbox.submits.is_empty()
             || (!self.inbox.fetched.is_empty() && !self.poisoned)
-            || self.inbox.scanned.is_some()
+            || (self.inbox.scanned.is_some() && !self.poisoned)
             || !self.at_edges.is_empty())
         .then_some(now_ns + AGAIN_NS);
         let soon = self

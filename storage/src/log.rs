@@ -52,6 +52,8 @@ pub const READ_TRIES: u32 = 3;
 /// Records this close to each other are read in one piece, of at most this many bytes.
 const READ_GAP_BYTES: u64 = 16 << 10;
 const READ_PIECE_BYTES: u64 = 256 << 10;
+/// Bytes of one read of whole batches, unless the first of them is longer.
+const SCAN_BYTES: u64 = 256 << 10;
 
 const TAG_COMMIT: Tag = 0;
 const TAG_WORK: Tag = 1;
@@ -161,6 +163,7 @@ struct PendingScan {
     start: Lsn,
     /// The key of their segment.
     key: u128,
+    bytes: u64,
     tries: u32,
 }
 
@@ -425,7 +428,7 @@ impl<D: Device> Log<D> {
         assert!(self.scan.is_none() && self.scanned.is_none());
         let offset = (from.0 % self.options.segment_bytes).max(SEGMENT_DATA_OFFSET);
         let start = Lsn(from.0 - from.0 % self.options.segment_bytes + offset);
-        self.start_scan(start, 1);
+        self.start_scan(start, SCAN_BYTES, 1);
     }
 
     /// Writes the closing batch. Call it when nothing is in flight and nothing is open; its end is no event, so ask
@@ -801,7 +804,7 @@ impl<D: Device> Log<D> {
         self.live.get(index as usize).copied()
     }
 
-    fn start_scan(&mut self, start: Lsn, tries: u32) {
+    fn start_scan(&mut self, start: Lsn, bytes: u64, tries: u32) {
         let offset = start.0 % self.options.segment_bytes;
         let number = start.0 / self.options.segment_bytes;
         let Some(segment) = self.live_segment(number) else {
@@ -814,6 +817,7 @@ impl<D: Device> Log<D> {
         self.scan = Some(PendingScan {
             start,
             key: segment.key,
+            bytes,
             tries,
         });
         let left = self.options.segment_bytes - offset;
@@ -822,7 +826,7 @@ impl<D: Device> Log<D> {
             DeviceOp::Read {
                 file: segment.file.id,
                 offset,
-                bytes: left.min(BATCH_BYTES_MAX as u64) as usize,
+                bytes: left.min(bytes) as usize,
             },
         );
     }
@@ -847,6 +851,10 @@ impl<D: Device> Log<D> {
                 break; // The segment's end.
             };
             let Some(batch) = bytes.get(at..at + header.bytes()) else {
+                if at == 0 && scan.bytes < BATCH_BYTES_MAX as u64 {
+                    self.start_scan(scan.start, BATCH_BYTES_MAX as u64, scan.tries);
+                    return;
+                }
                 scanned.next = Some(place).filter(|_| at > 0);
                 break;
             };
@@ -872,7 +880,7 @@ impl<D: Device> Log<D> {
 
     fn scan_again(&mut self, scan: PendingScan, place: Lsn, rotten: bool) {
         if scan.tries < READ_TRIES {
-            self.start_scan(scan.start, scan.tries + 1);
+            self.start_scan(scan.start, scan.bytes, scan.tries + 1);
             return;
         }
         self.stats.read_failures += 1;

@@ -253,7 +253,7 @@ impl Survey {
             };
             // A crash while a segment was being prepared again leaves its number twice: the younger epoch counts.
             let known = epochs.get(&header.segment).copied();
-            if known.is_some_and(|epoch| epoch > header.epoch) && !planted(Bug::DroppedEpochCheck) {
+            if known.is_some_and(|epoch| epoch > header.epoch) {
                 survey.dead.push(file);
                 continue;
             }

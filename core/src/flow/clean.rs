@@ -14,7 +14,9 @@ use crate::{
     event::{Effects, Inbox, Scanned, Urgency},
     flow::admit::{key_hash, name_hash},
     id::{ConnectionId, FunctionId, Lsn, RequestId, Token},
-    limits::{BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_SEGMENTS_MIN},
+    limits::{
+        BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_EVERY_NS, CLEAN_SEGMENTS_MIN, CLEAN_WAITS_NS,
+    },
     planted::{Bug, planted},
     record::{
         ArchivedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, ArchivedTaskRecordV1, BatchSpace,
@@ -39,15 +41,22 @@ pub(crate) struct Cleaning {
     /// Batches being gone through, and the index of the next record in them.
     held: Option<Scanned>,
     index: usize,
+    /// The next record cannot be moved yet.
+    waits: bool,
     /// The segment that was gone through last, and until when it is left alone.
     done: Option<(u64, u64)>,
     stopped: bool,
 }
 
 impl Cleaning {
-    /// True if there are records to go on with.
-    pub(crate) fn goes_on(&self) -> bool {
-        self.held.is_some()
+    /// When to go on if nothing else wakes the shard; `None` if there is nothing to go on with.
+    pub(crate) fn next_ns(&self, now_ns: u64) -> Option<u64> {
+        let pause = if self.waits {
+            CLEAN_WAITS_NS
+        } else {
+            CLEAN_EVERY_NS
+        };
+        self.held.as_ref().map(|_| now_ns + pause)
     }
 }
 
@@ -86,27 +95,24 @@ impl Shard {
             return;
         };
         let mut budget = CLEAN_BYTES_STEP;
+        self.cleaning.waits = false;
         while let Some(&at) = held.records.get(self.cleaning.index) {
             let position = Lsn(held.start.0 + u64::from(at));
             let record = &held.bytes[at as usize..];
-            let looked = if budget == 0 {
-                Looked::Wait
-            } else {
-                self.look_at(position, record, space)
-            };
-            match looked {
+            if budget == 0 {
+                self.cleaning.held = Some(held);
+                return;
+            }
+            match self.look_at(position, record, space) {
                 Looked::Done => {
                     self.cleaning.index += 1;
                     let next = held.records.get(self.cleaning.index);
                     let bytes = next.map_or(0, |&next| (next - at) as usize);
                     budget = budget.saturating_sub(bytes);
                 }
-                Looked::Wait => {
-                    self.cleaning.held = Some(held);
-                    return;
-                }
-                Looked::Full => {
-                    effects.full = true;
+                looked @ (Looked::Wait | Looked::Full) => {
+                    effects.full |= matches!(looked, Looked::Full);
+                    self.cleaning.waits = true;
                     self.cleaning.held = Some(held);
                     return;
                 }

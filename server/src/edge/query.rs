@@ -745,6 +745,12 @@ fn describe_shard(stats: &ShardStats) -> Value {
         "buffers_registered": stats.registered,
         "poisoned": stats.poisoned,
     });
+    described["recovery"] = json!({
+        "batches": stats.recovery.batches,
+        "records": stats.recovery.records,
+        "bytes": stats.recovery.bytes,
+        "took_us": stats.recovery.took_us,
+    });
     described["turns"] = stats.turns.into();
     described["parks"] = stats.parks.into();
     described["disk_full"] = stats.disk_full.into();
