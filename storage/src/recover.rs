@@ -384,9 +384,6 @@ struct Reader<'d, D> {
     bytes: Block,
 }
 
-const UNREADABLE_AND_DURABLE: &str =
-    "the batch here is unreadable, and a later one says that it was durable";
-
 /// Bytes of one read; a batch always fits.
 const READ_BYTES: usize = 2 * BATCH_BYTES_MAX;
 
@@ -523,6 +520,21 @@ fn judge<D: Device>(
             break;
         }
     }
+    let begun_end = match place {
+        0 => Lsn((begun + 1) * survey.segment_bytes),
+        place => Lsn(begun * survey.segment_bytes + place),
+    };
+    let vouched = find_witness(survey, reader, begun_end)?;
+    if vouched {
+        // The log is damaged there. Where else it is, and where first, hangs on what is not needed any more: batches
+        // behind the damage know that best.
+        while place > 0 && place < survey.segment_bytes {
+            if let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)? {
+                judged.retired = judged.retired.max(header.retired);
+            }
+            place += BLOCK_BYTES as u64;
+        }
+    }
     judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
     survey.look_behind_headers(reader, judged.first)?;
     if judged.first > begun && !survey.segments.contains_key(&judged.first) {
@@ -533,16 +545,6 @@ fn judge<D: Device>(
     }
     let missing = (judged.first..=begun).find(|number| !survey.segments.contains_key(number));
     if let Some(missing) = missing {
-        // A batch behind a damaged one may say that the segment is not needed: then it is that one which is unreadable.
-        let damaged = Lsn(begun * survey.segment_bytes + place);
-        while place > 0 && place < survey.segment_bytes {
-            if let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)?
-                && header.retired.0 / survey.segment_bytes > missing
-            {
-                return Err(survey.corrupt(damaged, UNREADABLE_AND_DURABLE));
-            }
-            place += BLOCK_BYTES as u64;
-        }
         return Err(survey.corrupt(
             survey.start_of(missing),
             "a segment that holds live data is missing",
@@ -596,8 +598,15 @@ fn judge<D: Device>(
         break;
     }
     let end = Lsn(number * survey.segment_bytes + offset);
-    if find_witness(survey, reader, end)? && !planted(Bug::TruncateOnCorruption) {
-        return Err(survey.corrupt(end, UNREADABLE_AND_DURABLE));
+    let vouched = match end == begun_end {
+        true => vouched,
+        false => find_witness(survey, reader, end)?,
+    };
+    if vouched && !planted(Bug::TruncateOnCorruption) {
+        return Err(survey.corrupt(
+            end,
+            "the batch here is unreadable, and a later one says that it was durable",
+        ));
     }
     judged.last = number;
     judged.tail = offset;
