@@ -1278,3 +1278,23 @@ fn nobody_but_its_executor_frees_the_slot_of_an_attempt_that_timed_out() {
         assert_eq!(rig.executes().len(), sent);
     }
 }
+
+#[test]
+fn a_task_that_was_leased_at_once_and_comes_back_keeps_its_own_age() {
+    let mut rig = rig();
+    let function = rig.function("acme", "digest", FunctionConfig::default());
+    rig.lend(function, 1);
+    let mut batch = rig.task(function, "", "", b"x");
+    batch.tasks[0].max_age_s = 60;
+    let request = rig.submit(batch).request;
+    let (_, token, _) = rig.executes()[0].clone();
+    let throttled = Verdict::Throttled {
+        retry_after_ms: 3_600_000,
+    };
+    assert_eq!(rig.outcome(request, token, throttled, ""), Ok(()));
+    assert_eq!(rig.state(request), State::Enqueued);
+    rig.advance(59_000);
+    assert_eq!(rig.state(request), State::Enqueued);
+    rig.advance(2_000);
+    assert_eq!(rig.state(request), State::Expired);
+}

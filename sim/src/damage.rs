@@ -61,16 +61,15 @@ pub fn expected(device: &MemoryDevice, options: Options) -> Result<Expected, Vio
     let segment_bytes = options.segment_bytes;
     let damaged = |batch: &BatchHeader| {
         let offset = batch.lsn.0 % segment_bytes;
-        let end = offset + batch.end().0 - batch.lsn.0;
+        // The zeroes behind it are nobody's.
+        let bytes = offset as usize..offset as usize + batch.bytes();
         let file = names.iter().find(|name| {
             let place = whole.contents(name).get(offset as usize..);
             place.and_then(BatchHeader::peek).as_ref() == Some(batch)
         });
         file.is_some_and(|file| {
-            headless(file)
-                || damage
-                    .iter()
-                    .any(|(name, at)| name == file && (offset..end).contains(at))
+            let found = device.contents(file).get(bytes.clone());
+            headless(file) || found != whole.contents(file).get(bytes.clone())
         })
     };
     let Some(first) = batches.iter().position(damaged) else {

@@ -528,12 +528,10 @@ fn judge<D: Device>(
     if vouched {
         // The log is damaged there. Where else it is, and where first, hangs on what is not needed any more: batches
         // behind the damage know that best.
-        while place > 0 && place < survey.segment_bytes {
-            if let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)? {
-                judged.retired = judged.retired.max(header.retired);
-            }
-            place += BLOCK_BYTES as u64;
-        }
+        each_behind(survey, reader, begun_end, &mut |header| {
+            judged.retired = judged.retired.max(header.retired);
+            false
+        })?;
     }
     judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
     survey.look_behind_headers(reader, judged.first)?;
@@ -663,9 +661,18 @@ fn find_witness<D: Device>(
     reader: &mut Reader<'_, D>,
     end: Lsn,
 ) -> Result<bool, RecoverError> {
+    each_behind(survey, reader, end, &mut |header| header.durable > end)
+}
+
+/// Looks at the sound batches behind `end`, in this segment and all later ones, until one of them is `found`.
+fn each_behind<D: Device>(
+    survey: &Survey,
+    reader: &mut Reader<'_, D>,
+    end: Lsn,
+    found: &mut dyn FnMut(&BatchHeader) -> bool,
+) -> Result<bool, RecoverError> {
     let from_segment = end.0 / survey.segment_bytes;
-    let later = survey.segments.range(from_segment..);
-    for segment in later.map(|(_, segment)| segment) {
+    for (_, segment) in survey.segments.range(from_segment..) {
         let mut offset = if segment.number == from_segment {
             (end.0 % survey.segment_bytes).max(SEGMENT_DATA_OFFSET)
         } else {
@@ -673,7 +680,7 @@ fn find_witness<D: Device>(
         };
         while offset < survey.segment_bytes {
             if let Some((header, _)) = reader.batch(survey, segment, offset)?
-                && header.durable > end
+                && found(&header)
             {
                 return Ok(true);
             }

@@ -271,6 +271,11 @@ impl Shard {
             task.at = now_us;
         }
         task.set_state(State::Enqueued);
+        if task.max_age_s() > 0 && !task.has(FLAG_OWN_AGE | FLAG_OVERDUE) {
+            // It was leased as it was accepted, and comes back.
+            self.own_age(slot);
+        }
+        let task = &self.tasks[slot];
         let (function, key, head) = (task.function, task.key, task.has(FLAG_KEY_HEAD));
         if key != NIL && !head {
             let entry = &mut self.keys[key];

@@ -102,9 +102,16 @@ impl Shard {
 
     /// Asks for what lanes lack, and hears what the shard has to say to itself. True if it got credits by that.
     pub(crate) fn ask_for_credits(&mut self) -> bool {
+        let mut got = false;
         while let Some(function) = self.wanting.pop() {
             self.lanes[function.0 as usize].share.wanted = false;
-            if !self.could_start(function) || self.has_share(function) {
+            if !self.could_start(function) {
+                continue;
+            }
+            if self.has_share(function) {
+                // It came back to the home after the lane had looked for it.
+                self.wake_lane(function);
+                got = true;
                 continue;
             }
             let lane = &mut self.lanes[function.0 as usize];
@@ -117,7 +124,7 @@ impl Shard {
             self.say(function, CreditKind::Ask, count);
         }
         loop {
-            if self.hear_itself() {
+            if self.hear_itself() || got {
                 return true;
             }
             // A lane that the full batch has kept in the ring uses its credit with the next one.
