@@ -346,3 +346,44 @@ fn a_credit_leaves_its_shard_only_after_what_freed_it_is_durable() {
     cluster.settle();
     assert_eq!(cluster.executes().len(), 1);
 }
+
+#[test]
+fn a_credit_that_comes_home_in_the_step_that_looked_for_it_is_used() {
+    let mut cluster = Cluster::new(2);
+    let function = cluster.limit(1);
+    let home = cluster.home();
+    let far = 1 - home;
+    cluster.rigs[far].lend(function, 1);
+    cluster.settle();
+    cluster.accept(far, function);
+    let running = cluster.executes()[0];
+    // Nobody lends the home a slot yet, so that it asks for nothing.
+    cluster.accept(home, function);
+    cluster.end(running);
+    cluster.deaf = Some(home);
+    cluster.advance(100);
+    cluster.advance(100);
+    let back = cluster.rigs[home].inbox.control.drain(..);
+    let back: Vec<Control> = back.collect();
+    assert!(
+        matches!(&back[..], [Control::Credits { words, .. }] if words[0].kind == CreditKind::Return)
+    );
+    let control = &mut cluster.rigs[home].inbox.control;
+    control.push_back(Control::SessionOpened {
+        executor: EXECUTOR,
+        connection: WORKER,
+    });
+    control.push_back(Control::SlotsLent {
+        executor: EXECUTOR,
+        function,
+        index: 0,
+        count: 1,
+    });
+    control.extend(back);
+    cluster.deaf = None;
+    cluster.settle();
+    let [(shard, ..)] = cluster.executes()[..] else {
+        panic!("the home's task starts");
+    };
+    assert_eq!(shard, home);
+}
