@@ -213,7 +213,7 @@ impl MemoryDevice {
     }
 
     /// The next write is reported done and stands elsewhere: at the same place of another file, or at another place of
-    /// the same.
+    /// the same. Where that is where it belongs, it is lost.
     pub fn misdirect_next_write(&mut self) {
         self.failing = Some(Failing::MisdirectedWrite);
     }
@@ -337,11 +337,12 @@ impl MemoryDevice {
                 (file.0 as usize, block * BLOCK_BYTES)
             }
         };
+        let elsewhere = (target, at) != (file.0 as usize, offset as usize);
         let data = &self.data[target];
         let fits = data.unflushed.is_empty()
             && data.durable.len() == data.bytes.len()
             && at + bytes.len() <= data.bytes.len();
-        if !fits {
+        if !elsewhere || !fits {
             return;
         }
         self.remember(target, at, bytes.len());

@@ -176,3 +176,40 @@ fn the_real_device_keeps_the_contract() {
     keeps_the_contract(device, |device| device.wait(Duration::from_millis(100)));
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn a_misdirected_write_never_reaches_its_own_place() {
+    let mut elsewhere = 0;
+    for seed in 0..64 {
+        let mut device = MemoryDevice::new(seed, BATCH_BYTES_MAX);
+        let mut files = Vec::new();
+        for name in ["a", "b"] {
+            let created = device.perform(DeviceOp::Create {
+                name: name.into(),
+                bytes: FILE_BYTES,
+            });
+            let Output::File(file, _) = created.unwrap() else {
+                panic!("a creation brings a file");
+            };
+            let zeroed = DeviceOp::Zero {
+                file,
+                offset: 0,
+                bytes: FILE_BYTES as usize,
+            };
+            device.perform(zeroed).unwrap();
+            device.perform(DeviceOp::Flush { file }).unwrap();
+            files.push(file);
+        }
+        device.misdirect_next_write();
+        // At the start of a file, where nothing is in front of it.
+        let write = DeviceOp::Write {
+            file: files[0],
+            offset: 0,
+            data: vec![7; BLOCK_BYTES],
+        };
+        device.perform(write).unwrap();
+        assert!(device.contents("a").iter().all(|&byte| byte == 0));
+        elsewhere += u32::from(device.contents("b")[0] == 7);
+    }
+    assert!(elsewhere > 0);
+}

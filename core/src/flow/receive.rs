@@ -161,8 +161,12 @@ impl Shard {
 
     /// A fetched task goes back to the front of its lane; nothing was logged, nothing is spent.
     pub(crate) fn put_back(&mut self, slot: u32) {
-        self.meet(self.tasks[slot].state(), Event::Release);
-        let function = self.tasks[slot].function.0 as usize;
+        let task = self.tasks[slot];
+        self.meet(task.state(), Event::Release);
+        let function = task.function.0 as usize;
+        // It passes both parts again, and the sum of all parts stays the time in all.
+        let fetched_us = self.now.mono_us().saturating_sub(task.at);
+        self.times.note(Part::Fetched, fetched_us, 1);
         self.lanes[function].promised -= 1;
         self.give_credit(slot, Signal::Clean, false);
         let tenant = self.lanes[function].tenant;
