@@ -1,7 +1,7 @@
 //! One shard: its facts, its volatile state, and the step that moves both.
 //!
-//! Facts change only in `commit` (and in [`Shard::replay`], which applies the same facts); everything else here is
-//! rebuilt after a restart and never logged. A step runs the stages in one fixed order; stages never call each other.
+//! Facts change only in `commit`; after a restart [`Shard::replay`] finds them in the log. Everything else here is made
+//! from them by [`Shard::start`] and never logged. A step runs the stages in one fixed order; stages never call each other.
 
 use alloc::{
     boxed::Box,
@@ -14,7 +14,7 @@ use crate::{
     config::{Change, Directory, FunctionConfig, Wish},
     error::Code,
     event::{Control, Counters, Durable, EdgeBatch, Effects, Inbox, Urgency},
-    flow::clean::Cleaning,
+    flow::{clean::Cleaning, replay::Replayed},
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
     limits::{
         DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT,
@@ -79,8 +79,7 @@ impl Default for Options {
     }
 }
 
-/// A change of the durable facts. Live, it is made when its record is appended and applied when that is durable; in a
-/// replay it is made from the record.
+/// A change of the durable facts. It is made when its record is appended and applied when that is durable.
 #[derive(Clone, Debug)]
 pub(crate) enum Fact {
     Accepted(Accepted),
@@ -127,7 +126,6 @@ pub(crate) enum Fact {
     },
     NameRelocated {
         request: RequestId,
-        payload_hash: u64,
         name: u128,
         to: Lsn,
     },
@@ -357,8 +355,8 @@ pub struct Shard {
     pub(crate) carried: Option<Carried>,
     pub(crate) dump: Option<(u64, usize)>,
     pub(crate) cleaning: Cleaning,
-    /// The replay has seen tasks or names behind what they were in front of.
-    pub(crate) disordered: bool,
+    /// What a replay keeps until the start.
+    pub(crate) replayed: Replayed,
     pub(crate) counters: Counters,
     met: [u16; State::ALL.len()],
     pub(crate) times: Times,
@@ -436,7 +434,7 @@ impl Shard {
             carried: None,
             dump: None,
             cleaning: Cleaning::default(),
-            disordered: false,
+            replayed: Replayed::default(),
             counters: Counters::default(),
             met: [0; State::ALL.len()],
             times: Times::default(),

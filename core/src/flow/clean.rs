@@ -8,22 +8,19 @@
 //! Cleaning starts when more than half of the log is dead. It takes the oldest segment, so that the log stays one
 //! stretch, and a bounded number of bytes a step.
 
-use alloc::vec::Vec;
-
 use crate::{
     event::{Effects, Inbox, Scanned, Urgency},
     flow::admit::{key_hash, name_hash},
-    id::{ConnectionId, FunctionId, Lsn, RequestId, Token},
+    id::{FunctionId, Lsn, RequestId},
     limits::{
         BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_EVERY_NS, CLEAN_SEGMENTS_MIN, CLEAN_WAITS_NS,
     },
     planted::{Bug, planted},
     record::{
-        ArchivedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, ArchivedTaskRecordV1, BatchSpace,
-        Record, RelocatedNameRecordV1, RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema,
-        read_whole, record_bytes,
+        ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, BatchSpace, Record, RelocatedNameRecordV1,
+        RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema, read_whole, record_bytes,
     },
-    shard::{Accepted, Fact, Key, Name, Shard},
+    shard::{Fact, Name, Shard},
     state::State,
     table::task::*,
 };
@@ -337,7 +334,6 @@ impl Shard {
         self.note_relocated(placed.bytes);
         self.open.facts.push(Fact::NameRelocated {
             request,
-            payload_hash,
             name: hash,
             to: placed.lsn,
         });
@@ -415,7 +411,7 @@ impl Shard {
     }
 
     /// A name has a record here now.
-    fn move_name(&mut self, hash: u128, request: RequestId, to: Lsn) {
+    pub(crate) fn move_name(&mut self, hash: u128, request: RequestId, to: Lsn) {
         if hash == 0 {
             return;
         }
@@ -428,255 +424,16 @@ impl Shard {
         }
     }
 
-    /// The new record of a name is durable.
-    pub(crate) fn apply_name_relocated(
-        &mut self,
-        request: RequestId,
-        payload_hash: u64,
-        hash: u128,
-        to: Lsn,
-    ) {
-        if self.replaying {
-            let segment = self.segment_of(to) as u32;
-            self.enter_name(
-                hash,
-                Name {
-                    request,
-                    payload_hash,
-                    segment,
-                },
-            );
-            self.disordered = true;
-        }
-        self.move_name(hash, request, to);
-    }
-
-    /// A name gets its entry, unless it has been given again since, which only a replay sees.
+    /// A name gets its entry.
     pub(crate) fn enter_name(&mut self, hash: u128, name: Name) {
-        if let Some(before) = self.names.get(hash) {
-            if before.request.seq() >= name.request.seq() {
-                return;
-            }
+        if let Some(before) = self.names.remove(hash) {
             // Its window was over before this one came: see `forgotten_names`.
-            let before = before.segment;
-            self.names.remove(hash);
             self.live_bytes -= NAME_LIVE_BYTES;
-            self.dereference(u64::from(before));
+            self.dereference(u64::from(before.segment));
         }
         self.names.insert(hash, name);
         self.live_bytes += NAME_LIVE_BYTES;
         self.name_ages.push((hash, name.request.accepted_ms()));
         self.reference(u64::from(name.segment));
-    }
-
-    /// A moved record in a replay. Where the task's earlier records are in the log too, only its place is new; where
-    /// they are gone, they are made up for by what this one says.
-    pub(crate) fn replay_relocated(
-        &mut self,
-        record: &ArchivedRelocatedTaskRecordV1<'_>,
-        accepted: Accepted,
-        state: State,
-    ) {
-        let request = accepted.request;
-        if self.tasks.find(request).is_some() {
-            let from = Lsn(record.from.to_native());
-            let (to, bytes) = (accepted.position, accepted.record_bytes);
-            self.apply_relocated(request, from, to, bytes, accepted.name);
-            return;
-        }
-        self.disordered = true;
-        let window_over =
-            request.accepted_ms() + self.options.dedup_window_ms <= record.at_ms.to_native();
-        let accepted = Accepted {
-            max_age_s: record.max_age_s.to_native(),
-            name: if window_over || planted(Bug::NameLostInMove) {
-                0
-            } else {
-                accepted.name
-            },
-            key: if state.terminal() { 0 } else { accepted.key },
-            ..accepted
-        };
-        let token = Token {
-            generation: record.generation.to_native(),
-            attempt: record.attempt.to_native(),
-        };
-        let mut effects = Effects::default();
-        if state.terminal() {
-            if record.holds_key == 1 {
-                let function = accepted.function;
-                self.lane_mut(function, accepted.tenant);
-                let hash = key_hash(self.options.seed, function, record.task.key.as_bytes());
-                self.hold_key(function, hash);
-            }
-            self.replay_finished(record, accepted, state);
-            return;
-        }
-        self.apply(Fact::Accepted(accepted), None, &mut effects);
-        if token.attempt == 0 {
-            return;
-        }
-        let leased = Fact::Leased {
-            request,
-            token,
-            binding: NIL,
-            connection: ConnectionId(0),
-        };
-        self.apply(leased, None, &mut effects);
-        self.tasks[request.slot().0].set_retries(record.retries);
-        match state {
-            State::Retrying => {
-                let ended = Fact::Ended {
-                    request,
-                    state,
-                    retries: record.retries,
-                    due_ms: record.due_ms.to_native(),
-                    position: Lsn(0),
-                    record_bytes: 0,
-                    code: crate::error::Code::Ok,
-                };
-                self.apply(ended, None, &mut effects);
-            }
-            State::Stopping => {
-                self.apply(Fact::Moved { request, state }, None, &mut effects);
-            }
-            _ => {}
-        }
-    }
-
-    /// A finished task whose acceptance is gone from the log.
-    fn replay_finished(
-        &mut self,
-        record: &ArchivedRelocatedTaskRecordV1<'_>,
-        accepted: Accepted,
-        state: State,
-    ) {
-        let slot = accepted.request.slot().0;
-        self.next_seq = self.next_seq.max(accepted.request.seq() + 1);
-        self.vacate(slot);
-        self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
-        let mut task = Task::new(
-            accepted.request,
-            accepted.function,
-            accepted.position,
-            accepted.record_bytes,
-        );
-        task.set(accepted.flags);
-        task.set_state(state);
-        task.set_retries(record.retries);
-        task.attempt = record.attempt.to_native();
-        task.at = record.outcome.to_native();
-        task.set_outcome_bytes(record.outcome_bytes.to_native());
-        let outcome = Lsn(task.at);
-        self.live_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
-        self.tasks.insert(slot, task);
-        let segment = self.segment_of(accepted.position);
-        self.reference(segment);
-        if outcome.0 != 0 {
-            self.reference(self.segment_of(outcome));
-        }
-        if accepted.name != 0 {
-            self.enter_name(
-                accepted.name,
-                Name {
-                    request: accepted.request,
-                    payload_hash: accepted.payload_hash,
-                    segment: segment as u32,
-                },
-            );
-        }
-        self.keep_finished(slot);
-    }
-
-    /// A failure whose record was moved still holds its key.
-    fn hold_key(&mut self, function: FunctionId, hash: u128) {
-        let index = match self.keys_by_hash.get(hash) {
-            Some(&index) => index,
-            None => {
-                let index = self.keys.insert(Key {
-                    hash,
-                    function,
-                    head: NIL,
-                    successors: List::default(),
-                    members: 0,
-                    held: true,
-                });
-                self.keys_by_hash.insert(hash, index);
-                return;
-            }
-        };
-        let head = self.keys[index].head;
-        if head != NIL {
-            if self.tasks[head].state() != State::Enqueued {
-                return; // It went on since, and waits for another reason now.
-            }
-            self.demote_head(index);
-        }
-        self.keys[index].held = true;
-    }
-
-    /// What was moved came back behind what it was in front of, and leftovers came back that nothing needs: puts lanes,
-    /// keys and names in the order of acceptance, and forgets finished tasks whose outcome is gone.
-    pub(crate) fn restore_order(&mut self) {
-        if !core::mem::take(&mut self.disordered) {
-            return;
-        }
-        let mut slot = self.finished.head;
-        while slot != NIL {
-            let task = self.tasks[slot];
-            if task.at != 0 && self.segment_of(Lsn(task.at)) < self.first_segment {
-                self.forget(slot);
-            }
-            slot = task.next;
-        }
-        let members = self.keys.iter().filter(|key| key.members > 0);
-        let keys: Vec<u32> = members
-            .filter_map(|key| self.keys_by_hash.get(key.hash).copied())
-            .collect();
-        for index in keys {
-            let head = self.keys[index].head;
-            if self.keys[index].successors.count == 0 {
-                continue;
-            }
-            if head != NIL && self.tasks[head].state() == State::Enqueued {
-                self.demote_head(index);
-            }
-            if !planted(Bug::OrderLostInMove) {
-                let successors = self.sorted(self.keys[index].successors);
-                self.keys[index].successors = successors;
-            }
-            if self.keys[index].head == NIL && !self.keys[index].held {
-                self.advance_key(index);
-            }
-        }
-        for index in 0..self.lanes.len() {
-            let waiting = self.sorted(self.lanes[index].waiting);
-            self.lanes[index].waiting = waiting;
-        }
-        let mut ages = Vec::new();
-        while let Some(age) = self.name_ages.pop() {
-            ages.push(age);
-        }
-        ages.sort_unstable_by_key(|&(_, accepted_ms)| accepted_ms);
-        for age in ages {
-            self.name_ages.push(age);
-        }
-    }
-
-    /// The same tasks in the order of their acceptance.
-    fn sorted(&mut self, list: List) -> List {
-        let mut slots = Vec::with_capacity(list.count as usize);
-        let mut slot = list.head;
-        while slot != NIL {
-            slots.push(slot);
-            slot = self.tasks[slot].next;
-        }
-        // Stable, since it is fast where most of it is in order.
-        slots.sort_by_key(|&slot| self.tasks[slot].seq());
-        let mut list = List::default();
-        for slot in slots {
-            self.tasks.push_back(&mut list, slot);
-        }
-        list
     }
 }

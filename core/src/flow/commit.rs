@@ -1,5 +1,5 @@
 //! Commit: the facts of a batch that is on disk take effect, and those who wait are told. This is the only place where
-//! facts change; a replay applies the same facts through the same `apply`.
+//! a running shard's facts change; `replay` finds them again after a restart.
 
 use crate::{
     error::Code,
@@ -20,7 +20,7 @@ impl Shard {
             return;
         };
         for fact in pending.facts.drain(..) {
-            self.apply(fact, Some(durable), effects);
+            self.apply(fact, durable, effects);
         }
         for name in pending.names.drain(..) {
             self.pending_names.remove(&name);
@@ -51,12 +51,7 @@ impl Shard {
         self.after_commit();
     }
 
-    pub(crate) fn apply(
-        &mut self,
-        fact: Fact,
-        durable: Option<Durable<'_>>,
-        effects: &mut Effects,
-    ) {
+    fn apply(&mut self, fact: Fact, durable: Durable<'_>, effects: &mut Effects) {
         match fact {
             Fact::Accepted(accepted) => self.apply_accepted(accepted, durable),
             Fact::Leased {
@@ -68,15 +63,6 @@ impl Shard {
                 let Some(slot) = self.tasks.find(request) else {
                     return;
                 };
-                if self.replaying {
-                    if self.tasks[slot].state() == State::Scheduled {
-                        // It was due before it was leased: its age counts from then.
-                        self.own_age(slot);
-                    }
-                    self.detach(slot);
-                    self.lead_key(slot);
-                    self.adopt_credit(slot);
-                }
                 let now_us = self.now.mono_us();
                 let task = &mut self.tasks[slot];
                 task.set_state(State::Running);
@@ -104,11 +90,6 @@ impl Shard {
                 let Some(slot) = self.tasks.find(request) else {
                     return;
                 };
-                if self.replaying {
-                    self.detach(slot);
-                    let tenant = self.tenant_of(slot);
-                    self.queues[tenant.0 as usize].waiting += u64::from(state == State::Retrying);
-                }
                 let task = &mut self.tasks[slot];
                 task.clear(FLAG_BUSY);
                 task.set_retries(retries);
@@ -118,9 +99,7 @@ impl Shard {
                     task.set_state(State::Retrying);
                     task.at = due_ms;
                     let key = task.key;
-                    if !(self.replaying && planted(Bug::RetryForgotten)) {
-                        self.due.insert((due_ms, slot));
-                    }
+                    self.due.insert((due_ms, slot));
                     self.own_age(slot);
                     if key != NIL && planted(Bug::OrderKeyBroken) {
                         self.tasks[slot].clear(FLAG_KEY_HEAD);
@@ -164,25 +143,13 @@ impl Shard {
                 to,
                 record_bytes,
             } => self.apply_outcome_relocated(request, from, to, record_bytes),
-            Fact::NameRelocated {
-                request,
-                payload_hash,
-                name,
-                to,
-            } => self.apply_name_relocated(request, payload_hash, name, to),
+            Fact::NameRelocated { request, name, to } => self.move_name(name, request, to),
         }
     }
 
-    fn apply_accepted(&mut self, accepted: Accepted, durable: Option<Durable<'_>>) {
+    fn apply_accepted(&mut self, accepted: Accepted, durable: Durable<'_>) {
         let slot = accepted.request.slot().0;
         let segment = self.segment_of(accepted.position);
-        if self.replaying {
-            self.next_seq = self.next_seq.max(accepted.request.seq() + 1);
-            self.vacate(slot);
-            // Where the log's beginning is gone, tasks come before the record of their function.
-            self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
-            self.queue_mut(accepted.tenant).waiting += 1;
-        }
         let mut task = Task::new(
             accepted.request,
             accepted.function,
@@ -208,20 +175,17 @@ impl Shard {
         if accepted.leased {
             return;
         }
-        if !self.replaying {
-            let lane = &mut self.lanes[accepted.function.0 as usize];
-            lane.unsettled -= 1;
-            let wanted = lane.free_slots > 0 || !lane.bindings.is_empty() || lane.in_flight > 0;
-            let bytes = accepted.record_bytes as usize;
-            if wanted
-                && accepted.due_ms == 0
-                && self.blobs.bytes() + bytes <= self.options.fetched_bytes_max
-            {
-                let durable = durable.expect("a live commit has its batch");
-                let offset = (accepted.position.0 % self.options.segment_bytes) as usize;
-                let start = offset - durable.offset as usize;
-                self.tasks[slot].holder = self.blobs.put(&durable.bytes[start..start + bytes]);
-            }
+        let lane = &mut self.lanes[accepted.function.0 as usize];
+        lane.unsettled -= 1;
+        let wanted = lane.free_slots > 0 || !lane.bindings.is_empty() || lane.in_flight > 0;
+        let bytes = accepted.record_bytes as usize;
+        if wanted
+            && accepted.due_ms == 0
+            && self.blobs.bytes() + bytes <= self.options.fetched_bytes_max
+        {
+            let offset = (accepted.position.0 % self.options.segment_bytes) as usize;
+            let start = offset - durable.offset as usize;
+            self.tasks[slot].holder = self.blobs.put(&durable.bytes[start..start + bytes]);
         }
         if accepted.key != 0 {
             self.join_key(slot, accepted.key);
@@ -241,25 +205,26 @@ impl Shard {
 
     /// Makes a task a member of its key: the head if the key is free, a successor if not.
     fn join_key(&mut self, slot: u32, hash: u128) {
-        let function = self.tasks[slot].function;
-        let key = match self.keys_by_hash.get(hash) {
-            Some(&key) => key,
-            None => {
-                let entry = Key {
-                    hash,
-                    function,
-                    head: NIL,
-                    successors: List::default(),
-                    members: 0,
-                    held: false,
-                };
-                let key = self.keys.insert(entry);
-                self.keys_by_hash.insert(hash, key);
-                key
-            }
-        };
+        let key = self.key_entry(self.tasks[slot].function, hash);
         self.tasks[slot].key = key;
         self.keys[key].members += 1;
+    }
+
+    /// The entry of an ordering key, made where it is missing.
+    pub(crate) fn key_entry(&mut self, function: FunctionId, hash: u128) -> u32 {
+        if let Some(&key) = self.keys_by_hash.get(hash) {
+            return key;
+        }
+        let key = self.keys.insert(Key {
+            hash,
+            function,
+            head: NIL,
+            successors: List::default(),
+            members: 0,
+            held: false,
+        });
+        self.keys_by_hash.insert(hash, key);
+        key
     }
 
     /// Puts a task that is in no list and may start into its lane, or behind its key.
@@ -386,7 +351,7 @@ impl Shard {
         state: State,
         (position, record_bytes): (Lsn, u32),
         code: Code,
-        durable: Option<Durable<'_>>,
+        durable: Durable<'_>,
         effects: &mut Effects,
     ) {
         let counter = match state {
@@ -404,10 +369,8 @@ impl Shard {
             | State::Stopping => unreachable!("only terminal states finish a task"),
         };
         *counter += 1;
-        if !self.replaying {
-            let total_ms = self.now.logged_ms - self.tasks[slot].accepted_ms();
-            self.times.note(Part::Total, total_ms, 1);
-        }
+        let total_ms = self.now.logged_ms - self.tasks[slot].accepted_ms();
+        self.times.note(Part::Total, total_ms, 1);
         let task = &mut self.tasks[slot];
         task.set_state(state);
         task.at = position.0;
@@ -463,7 +426,7 @@ impl Shard {
         state: State,
         position: Lsn,
         code: Code,
-        durable: Option<Durable<'_>>,
+        durable: Durable<'_>,
         effects: &mut Effects,
     ) {
         let request = self.tasks[slot].request(slot);
@@ -476,7 +439,6 @@ impl Shard {
             let edge = effects.edge(waiter.connection.edge());
             let (mut error, mut result) = (Span::default(), Span::default());
             if position.0 != 0 && (waiter.with_result || code != Code::Ok) {
-                let durable = durable.expect("a live commit has its batch");
                 let start =
                     (position.0 % self.options.segment_bytes) as usize - durable.offset as usize;
                 if let Ok(Record::Outcome(outcome)) = read_whole(&durable.bytes[start..]) {
@@ -538,55 +500,6 @@ impl Shard {
         self.enqueue(next, false);
     }
 
-    /// A replay finds a task leased that is not its key's head: it was delayed, and when it was due is in no record, so
-    /// that a task accepted later took its place. That one goes back to the front of those behind the head.
-    fn lead_key(&mut self, slot: u32) {
-        let task = &self.tasks[slot];
-        if task.key == NIL || task.has(FLAG_KEY_HEAD) {
-            return;
-        }
-        let index = task.key;
-        let rival = core::mem::replace(&mut self.keys[index].head, slot);
-        self.tasks[slot].set(FLAG_KEY_HEAD);
-        if rival == NIL {
-            return;
-        }
-        self.keys[index].head = rival;
-        self.demote_head(index);
-        self.keys[index].head = slot;
-    }
-
-    /// Puts a key's head, which waits, in front of those behind it, and leaves the key without one.
-    pub(crate) fn demote_head(&mut self, index: u32) {
-        let head = core::mem::replace(&mut self.keys[index].head, NIL);
-        assert!(
-            self.tasks[head].state() == State::Enqueued,
-            "a head beyond `Enqueued` keeps others from being leased"
-        );
-        let function = self.tasks[head].function.0 as usize;
-        let mut waiting = self.lanes[function].waiting;
-        self.tasks.unlink(&mut waiting, head);
-        self.lanes[function].waiting = waiting;
-        self.lanes[function].behind_keys += 1;
-        self.tasks[head].clear(FLAG_KEY_HEAD);
-        let mut successors = self.keys[index].successors;
-        self.tasks.push_front(&mut successors, head);
-        self.keys[index].successors = successors;
-        self.own_age(head);
-    }
-
-    /// Makes room for a task that a replay brings: the log's beginning is gone, and with it the finished tasks that pushed
-    /// out the one that is still in this slot.
-    pub(crate) fn vacate(&mut self, slot: u32) {
-        if let Some(task) = self.tasks.get(slot) {
-            assert!(
-                task.state().terminal(),
-                "only a finished task's slot is used again"
-            );
-            self.forget(slot);
-        }
-    }
-
     /// Drops a finished task from memory.
     pub(crate) fn forget(&mut self, slot: u32) {
         let mut finished = self.finished;
@@ -620,24 +533,12 @@ impl Shard {
     }
 
     pub(crate) fn reference(&mut self, segment: u64) {
-        if self.is_gone(segment) {
-            return;
-        }
         self.see_segment(segment);
         self.segments[(segment - self.first_segment) as usize] += 1;
     }
 
-    /// A replay meets moved records that name places in segments before the log's first.
-    fn is_gone(&self, segment: u64) -> bool {
-        self.replaying && segment < self.first_segment
-    }
-
     pub(crate) fn dereference(&mut self, segment: u64) {
-        if self.is_gone(segment) {
-            return;
-        }
-        let count = &mut self.segments[(segment - self.first_segment) as usize];
-        *count -= 1;
+        self.segments[(segment - self.first_segment) as usize] -= 1;
     }
 
     /// What follows a commit: segments at the front that nothing refers to are dead.

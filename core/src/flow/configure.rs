@@ -79,6 +79,9 @@ impl Shard {
             let key = &mut self.keys[index];
             if key.held && key.function == function {
                 key.held = false;
+                if self.replaying {
+                    continue;
+                }
                 if key.members == 0 {
                     self.keys_by_hash.remove(key.hash);
                     self.keys.remove(index);

@@ -1,20 +1,30 @@
-//! Replay: the log's records become facts again, and the volatile state starts from them.
-
-use alloc::boxed::Box;
+//! Replay: the log's records become facts again. Each record changes the entry that it names and nothing else, so that
+//! records may come behind what they were in front of; what hangs together over several tasks is made once, at the
+//! start, by `rebuild`.
 
 use crate::{
-    clock::Now,
-    config::Change,
+    config::{Change, OnFailure},
     error::Code,
-    event::Effects,
     flow::admit::{key_hash, name_hash},
-    id::{ConnectionId, FunctionId, Lsn, RequestId, TenantId, Token},
+    id::{FunctionId, Lsn, RequestId, TenantId, Token},
     planted::{Bug, planted},
-    record::{ArchivedTaskRecordV1, RECORD_HEADER_BYTES, Record, Unreadable, read},
-    shard::{Accepted, Fact, Shard},
+    record::{
+        ArchivedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, ArchivedTaskRecordV1,
+        RECORD_HEADER_BYTES, Record, Unreadable, read,
+    },
+    shard::{Accepted, Name, Shard},
     state::State,
-    table::task::{FLAG_MEMORY, FLAG_META, NIL},
+    table::task::*,
 };
+
+/// What a replay keeps until the start.
+#[derive(Debug, Default)]
+pub(crate) struct Replayed {
+    /// Tasks that have ended so far: the number of each stands in its `holder`.
+    ended: u32,
+    /// Names have come behind some that were accepted later.
+    pub(crate) names_moved: bool,
+}
 
 impl Shard {
     /// Takes one record of the log, in order. `position` is that of its header.
@@ -22,105 +32,86 @@ impl Shard {
         assert!(self.replaying, "the log is replayed before the start");
         let unreadable = Unreadable { schema };
         let record_bytes = (RECORD_HEADER_BYTES + body.len()) as u32;
-        let (fact, at_ms) = match read(schema, body)? {
+        self.see_segment(self.segment_of(position));
+        let at_ms = match read(schema, body)? {
             Record::Task(task) => {
                 let accepted = self.accepted_of(task, position, record_bytes);
-                (Fact::Accepted(accepted), accepted.request.accepted_ms())
+                self.found_task(accepted);
+                accepted.request.accepted_ms()
             }
             Record::Lease(lease) => {
-                let request = RequestId(lease.request.to_native());
                 let token = Token {
                     generation: lease.generation.to_native(),
                     attempt: lease.attempt.to_native(),
                 };
-                (
-                    Fact::Leased {
-                        request,
-                        token,
-                        binding: NIL,
-                        connection: ConnectionId(0),
-                    },
-                    lease.at_ms.to_native(),
-                )
+                self.found_lease(RequestId(lease.request.to_native()), token);
+                lease.at_ms.to_native()
             }
             Record::Outcome(outcome) => {
-                let fact = Fact::Ended {
-                    request: RequestId(outcome.request.to_native()),
-                    state: State::from_number(outcome.state).ok_or(unreadable)?,
-                    retries: outcome.retries,
-                    due_ms: outcome.due_ms.to_native(),
-                    position,
-                    record_bytes,
-                    code: Code::from_number(outcome.code.to_native()).ok_or(unreadable)?,
-                };
-                (fact, outcome.at_ms.to_native())
+                Code::from_number(outcome.code.to_native()).ok_or(unreadable)?;
+                let state = State::from_number(outcome.state).ok_or(unreadable)?;
+                self.found_outcome(outcome, state, (position, record_bytes));
+                outcome.at_ms.to_native()
             }
             Record::Move(moved) => {
-                let request = RequestId(moved.request.to_native());
                 let state = State::from_number(moved.state).ok_or(unreadable)?;
-                (Fact::Moved { request, state }, moved.at_ms.to_native())
+                if let Some(slot) = self.tasks.find(RequestId(moved.request.to_native())) {
+                    if state.terminal() {
+                        self.found_end(slot, state, (Lsn(0), 0));
+                    } else {
+                        self.tasks[slot].set_state(state);
+                    }
+                }
+                moved.at_ms.to_native()
             }
             Record::Config(config) => {
-                let change = Box::new(config.change().ok_or(unreadable)?);
-                if let Change::Function { id, .. } = *change
-                    && self.directory.function(id).is_some()
-                    && planted(Bug::ConfigNotReplayed)
-                {
-                    return Ok(());
+                let change = config.change().ok_or(unreadable)?;
+                let known = match change {
+                    Change::Function { id, .. } => self.directory.function(id).is_some(),
+                    Change::Tenant { .. } | Change::FunctionRemoved { .. } => false,
+                };
+                if !(known && planted(Bug::ConfigNotReplayed)) {
+                    self.apply_change(config.version.to_native(), change);
                 }
-                (
-                    Fact::Config {
-                        version: config.version.to_native(),
-                        change,
-                    },
-                    0,
-                )
+                0
             }
             Record::RelocatedTask(relocated) => {
                 let state = State::from_number(relocated.state).ok_or(unreadable)?;
                 let accepted = self.accepted_of(&relocated.task, position, record_bytes);
-                self.see_segment(self.segment_of(position));
-                self.now.logged_ms = self.now.logged_ms.max(relocated.at_ms.to_native());
-                self.replay_relocated(relocated, accepted, state);
-                return Ok(());
+                self.found_relocated(relocated, accepted, state);
+                relocated.at_ms.to_native()
             }
             Record::RelocatedOutcome(relocated) => {
-                let fact = Fact::OutcomeRelocated {
-                    request: RequestId(relocated.outcome.request.to_native()),
-                    from: Lsn(relocated.from.to_native()),
-                    to: position,
-                    record_bytes,
-                };
-                (fact, relocated.outcome.at_ms.to_native())
+                let request = RequestId(relocated.outcome.request.to_native());
+                if let Some(slot) = self.tasks.find(request)
+                    && self.tasks[slot].state().terminal()
+                    && self.tasks[slot].at == relocated.from.to_native()
+                {
+                    self.tasks[slot].at = position.0;
+                    self.tasks[slot].set_outcome_bytes(record_bytes);
+                }
+                relocated.outcome.at_ms.to_native()
             }
             Record::RelocatedName(name) => {
                 let function = FunctionId(name.function.to_native());
-                let fact = Fact::NameRelocated {
+                let (key, task_id) = (name.key.as_bytes(), name.task_id.as_bytes());
+                let hash = name_hash(self.options.seed, function, key, task_id);
+                let name = Name {
                     request: RequestId(name.request.to_native()),
                     payload_hash: name.payload_hash.to_native(),
-                    name: name_hash(
-                        self.options.seed,
-                        function,
-                        name.key.as_bytes(),
-                        name.task_id.as_bytes(),
-                    ),
-                    to: position,
+                    segment: self.segment_of(position) as u32,
                 };
-                (fact, 0)
+                self.found_name(hash, name);
+                self.replayed.names_moved = true;
+                0
             }
             Record::Clock(clock) => {
                 self.clock_segment = Some(self.segment_of(position));
-                (
-                    Fact::Clock {
-                        next_seq: clock.next_seq.to_native(),
-                    },
-                    clock.logged_ms.to_native(),
-                )
+                self.next_seq = self.next_seq.max(clock.next_seq.to_native());
+                clock.logged_ms.to_native()
             }
         };
-        self.see_segment(self.segment_of(position));
         self.now.logged_ms = self.now.logged_ms.max(at_ms);
-        self.apply(fact, None, &mut Effects::default());
         Ok(())
     }
 
@@ -157,32 +148,168 @@ impl Shard {
         }
     }
 
-    /// The log has been read: the shard is ready to step. Leases that it found start again with a full term.
-    pub fn start(&mut self, now: Now) {
-        assert!(self.replaying, "a shard starts once");
-        self.restore_order();
-        self.replaying = false;
-        self.now = Now {
-            mono_ns: now.mono_ns,
-            logged_ms: now.logged_ms.max(self.now.logged_ms),
-        };
-        self.tasks.rebuild_free();
-        self.counters = crate::event::Counters {
-            recovered: u64::from(self.tasks.live() - self.finished.count),
-            ..Default::default()
-        };
-        self.orphans_end_ns = now.mono_ns + self.options.lease_ms * 1_000_000;
-        let mut slot = self.orphans.head;
-        while slot != NIL {
-            self.tasks[slot].at = now.mono_us();
-            slot = self.tasks[slot].next;
+    /// Enters a task as it was accepted. What is still in its slot has ended, and what pushed that out of memory is gone
+    /// from the log.
+    fn found_task(&mut self, accepted: Accepted) -> u32 {
+        let request = accepted.request;
+        let slot = request.slot().0;
+        self.next_seq = self.next_seq.max(request.seq() + 1);
+        // Where the log's beginning is gone, tasks come before the record of their function.
+        self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;
+        let (position, record_bytes) = (accepted.position, accepted.record_bytes);
+        let mut task = Task::new(request, accepted.function, position, record_bytes);
+        task.cost = accepted.cost;
+        task.set(accepted.flags);
+        task.set_max_age_s(accepted.max_age_s);
+        if accepted.due_ms > 0 {
+            task.set_state(State::Scheduled);
+            task.at = accepted.due_ms;
         }
-        for function in 0..self.lanes.len() as u32 {
-            self.arm_lane_age(FunctionId(function));
-            if !self.lanes[function as usize].live {
-                self.doom(FunctionId(function));
+        if accepted.key != 0 {
+            task.key = self.key_entry(accepted.function, accepted.key);
+        }
+        if let Some(before) = self.tasks.get(slot) {
+            let ended = before.state().terminal();
+            assert!(ended, "only a finished task's slot is used again");
+            self.tasks.remove(slot);
+        }
+        self.tasks.insert(slot, task);
+        if accepted.name != 0 {
+            let name = Name {
+                request,
+                payload_hash: accepted.payload_hash,
+                segment: self.segment_of(position) as u32,
+            };
+            self.found_name(accepted.name, name);
+        }
+        slot
+    }
+
+    /// A name, or a later place of its record.
+    fn found_name(&mut self, hash: u128, name: Name) {
+        match self.names.get(hash) {
+            // It was given again when its window was over, before this record of its first task was moved.
+            Some(known) if known.request.seq() > name.request.seq() => {}
+            Some(known) if known.request == name.request => {
+                self.names.insert(hash, name);
+            }
+            Some(_) | None => {
+                self.names.insert(hash, name);
+                self.name_ages.push((hash, name.request.accepted_ms()));
             }
         }
-        self.count_at_start();
+    }
+
+    fn found_lease(&mut self, request: RequestId, token: Token) {
+        let Some(slot) = self.tasks.find(request) else {
+            return;
+        };
+        if self.tasks[slot].state() == State::Scheduled {
+            // It was due before it was leased: its age counts from then.
+            self.own_age(slot);
+        }
+        let task = &mut self.tasks[slot];
+        task.set_state(State::Running);
+        task.attempt = token.attempt;
+        if task.key != NIL {
+            // Whatever held it has let go.
+            let key = task.key;
+            self.keys[key].held = false;
+        }
+    }
+
+    fn found_outcome(
+        &mut self,
+        outcome: &ArchivedOutcomeRecordV1<'_>,
+        state: State,
+        place: (Lsn, u32),
+    ) {
+        let Some(slot) = self.tasks.find(RequestId(outcome.request.to_native())) else {
+            return;
+        };
+        self.tasks[slot].set_retries(outcome.retries);
+        if state == State::Retrying {
+            self.tasks[slot].set_state(state);
+            self.tasks[slot].at = outcome.due_ms.to_native();
+        } else {
+            self.found_end(slot, state, place);
+        }
+    }
+
+    fn found_end(&mut self, slot: u32, state: State, (position, record_bytes): (Lsn, u32)) {
+        let task = &mut self.tasks[slot];
+        task.set_state(state);
+        task.at = position.0;
+        task.set_outcome_bytes(record_bytes);
+        task.clear(FLAG_OWN_AGE);
+        self.replayed.ended += 1;
+        task.holder = self.replayed.ended;
+        let key = core::mem::replace(&mut task.key, NIL);
+        if key != NIL && state == State::Failed {
+            let lane = &self.lanes[task.function.0 as usize];
+            // A function whose record was moved forward is not known yet; whether it holds keys is seen at the start.
+            self.keys[key].held = !lane.live || lane.config.on_failure == OnFailure::Hold;
+        }
+    }
+
+    /// A moved record. Where the task's earlier records are in the log too, only its place is new; where they are gone,
+    /// they are made up for by what this one says.
+    fn found_relocated(
+        &mut self,
+        record: &ArchivedRelocatedTaskRecordV1<'_>,
+        accepted: Accepted,
+        state: State,
+    ) {
+        let request = accepted.request;
+        if let Some(slot) = self.tasks.find(request) {
+            let task = &mut self.tasks[slot];
+            if task.position.0 == record.from.to_native() {
+                task.position = accepted.position;
+                task.set_record_bytes(accepted.record_bytes);
+            }
+            let segment = self.segment_of(accepted.position) as u32;
+            let known = self.names.get_mut(accepted.name.max(1));
+            if let Some(known) = known.filter(|known| known.request == request) {
+                known.segment = segment;
+            }
+            return;
+        }
+        self.replayed.names_moved = true;
+        let window_over =
+            request.accepted_ms() + self.options.dedup_window_ms <= record.at_ms.to_native();
+        let slot = self.found_task(Accepted {
+            max_age_s: record.max_age_s.to_native(),
+            name: if window_over || planted(Bug::NameLostInMove) {
+                0
+            } else {
+                accepted.name
+            },
+            ..accepted
+        });
+        self.tasks[slot].set_retries(record.retries);
+        let attempt = record.attempt.to_native();
+        if state.terminal() {
+            let task = &mut self.tasks[slot];
+            task.attempt = attempt;
+            let key = core::mem::replace(&mut task.key, NIL);
+            let outcome = Lsn(record.outcome.to_native());
+            self.found_end(slot, state, (outcome, record.outcome_bytes.to_native()));
+            if record.holds_key == 1 && key != NIL {
+                self.keys[key].held = true;
+            }
+        } else if attempt > 0 {
+            let generation = record.generation.to_native();
+            self.found_lease(
+                request,
+                Token {
+                    generation,
+                    attempt,
+                },
+            );
+            self.tasks[slot].set_state(state);
+            if state == State::Retrying {
+                self.tasks[slot].at = record.due_ms.to_native();
+            }
+        }
     }
 }

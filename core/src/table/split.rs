@@ -119,6 +119,12 @@ impl<V: Copy> SplitMap<V> {
         self.len == 0
     }
 
+    /// All keys with their values, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (u128, V)> {
+        let places = self.tables.iter().flat_map(|table| table.places.iter());
+        places.flatten().map(|(key, value)| (key.get(), *value))
+    }
+
     /// The value of a key.
     pub fn get(&self, key: u128) -> Option<&V> {
         let key = nonzero(key);

@@ -1,0 +1,192 @@
+//! Rebuild: what follows from the facts is made from them, once, at the end of a replay: lists, ordering keys, timers,
+//! ages, credits in use, and what refers to which segment. Tasks are gone through in the order of their acceptance.
+
+use alloc::{collections::BTreeSet, vec::Vec};
+
+use crate::{
+    clock::Now,
+    config::OnFailure,
+    event::Counters,
+    flow::clean::NAME_LIVE_BYTES,
+    id::{FunctionId, Lsn},
+    planted::{Bug, planted},
+    shard::Shard,
+    state::State,
+    table::task::*,
+};
+
+impl Shard {
+    /// The log has been read: the shard is ready to step. Leases that it found start again with a full term.
+    pub fn start(&mut self, now: Now) {
+        assert!(self.replaying, "a shard starts once");
+        self.now = Now {
+            mono_ns: now.mono_ns,
+            logged_ms: now.logged_ms.max(self.now.logged_ms),
+        };
+        let (mut unfinished, finished) = self.sort_out();
+        self.keep_newest(finished);
+        if !planted(Bug::OrderLostInMove) {
+            unfinished.sort_unstable_by_key(|&slot| self.tasks[slot].seq());
+        }
+        self.find_heads(&unfinished);
+        self.put_in_place(&unfinished);
+        self.drop_empty_keys();
+        self.count_names();
+        self.replaying = false;
+        self.tasks.rebuild_free();
+        self.counters = Counters {
+            recovered: unfinished.len() as u64,
+            ..Default::default()
+        };
+        self.orphans_end_ns = now.mono_ns + self.options.lease_ms * 1_000_000;
+        for function in 0..self.lanes.len() as u32 {
+            self.arm_lane_age(FunctionId(function));
+            if !self.lanes[function as usize].live {
+                self.doom(FunctionId(function));
+            }
+        }
+        self.count_at_start();
+    }
+
+    /// The tasks that have not ended, and those that have.
+    fn sort_out(&self) -> (Vec<u32>, Vec<u32>) {
+        let slots = (0..self.tasks.used()).filter(|&slot| self.tasks.get(slot).is_some());
+        slots.partition(|&slot| !self.tasks[slot].state().terminal())
+    }
+
+    /// Keeps the tasks that ended last; those whose records are gone from the log were forgotten before the restart.
+    fn keep_newest(&mut self, mut finished: Vec<u32>) {
+        finished.sort_unstable_by_key(|&slot| self.tasks[slot].holder);
+        for slot in finished {
+            let task = &mut self.tasks[slot];
+            task.holder = NIL;
+            let (position, outcome) = (task.position, Lsn(task.at));
+            if self.is_gone(position) || outcome.0 != 0 && self.is_gone(outcome) {
+                self.tasks.remove(slot);
+                continue;
+            }
+            self.count_records(slot);
+            self.keep_finished(slot);
+        }
+    }
+
+    /// Counts who belongs to which ordering key, and makes those that were leased the heads of theirs.
+    fn find_heads(&mut self, unfinished: &[u32]) {
+        for &slot in unfinished {
+            let task = &mut self.tasks[slot];
+            let index = task.key;
+            if index == NIL {
+                continue;
+            }
+            let leased = task.attempt > 0;
+            if leased {
+                task.set(FLAG_KEY_HEAD);
+            }
+            let key = &mut self.keys[index];
+            key.members += 1;
+            if leased {
+                assert!(key.head == NIL, "one task of a key is beyond `Enqueued`");
+                key.head = slot;
+                // A moved failure that held the key may stand behind the lease that shows that it was let go.
+                key.held = false;
+            }
+        }
+        for index in 0..self.keys.used() {
+            let lane = &self.lanes[self.keys[index].function.0 as usize];
+            let holds = lane.live && lane.config.on_failure == OnFailure::Hold;
+            self.keys[index].held &= holds;
+        }
+    }
+
+    fn put_in_place(&mut self, unfinished: &[u32]) {
+        let mut due = Vec::new();
+        for &slot in unfinished {
+            self.count_records(slot);
+            let task = self.tasks[slot];
+            let tenant = self.tenant_of(slot).0 as usize;
+            match task.state() {
+                State::Scheduled | State::Retrying => {
+                    self.queues[tenant].waiting += 1;
+                    if task.state() == State::Scheduled {
+                        due.push((task.at, slot));
+                    } else {
+                        self.own_age(slot);
+                        if !planted(Bug::RetryForgotten) {
+                            due.push((task.at, slot));
+                        }
+                    }
+                }
+                State::Enqueued => {
+                    self.queues[tenant].waiting += 1;
+                    self.tasks[slot].at = self.now.mono_us();
+                    if task.max_age_s() > 0 {
+                        self.own_age(slot);
+                    }
+                    self.enqueue(slot, false);
+                }
+                State::Running | State::Stopping => {
+                    if task.max_age_s() > 0 {
+                        self.own_age(slot);
+                    }
+                    self.adopt_credit(slot);
+                    self.hand_to(slot, NIL);
+                    self.tasks[slot].at = self.now.mono_us();
+                }
+                State::Dequeued
+                | State::Paused
+                | State::Succeeded
+                | State::Failed
+                | State::Stopped
+                | State::Expired
+                | State::Invalid => {
+                    unreachable!("no record leaves an unfinished task in this state")
+                }
+            }
+        }
+        self.due = BTreeSet::from_iter(due);
+    }
+
+    /// Keys whose tasks have all ended go, unless a failure holds them.
+    fn drop_empty_keys(&mut self) {
+        for index in 0..self.keys.used() {
+            let key = self.keys[index];
+            if key.members == 0 && !key.held {
+                self.keys_by_hash.remove(key.hash);
+                self.keys.remove(index);
+            }
+        }
+    }
+
+    fn count_names(&mut self) {
+        let names = core::mem::take(&mut self.names);
+        self.live_bytes += NAME_LIVE_BYTES * names.len() as u64;
+        for (_, name) in names.iter() {
+            self.reference(u64::from(name.segment));
+        }
+        self.names = names;
+        if self.replayed.names_moved {
+            let mut ages = Vec::new();
+            while let Some(age) = self.name_ages.pop() {
+                ages.push(age);
+            }
+            ages.sort_unstable_by_key(|&(_, accepted_ms)| accepted_ms);
+            for age in ages {
+                self.name_ages.push(age);
+            }
+        }
+    }
+
+    /// The segments of a task's records are needed, and so are their bytes.
+    fn count_records(&mut self, slot: u32) {
+        let task = self.tasks[slot];
+        self.live_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
+        self.reference(self.segment_of(task.position));
+        if task.state().terminal() && task.at != 0 {
+            self.reference(self.segment_of(Lsn(task.at)));
+        }
+    }
+
+    fn is_gone(&self, position: Lsn) -> bool {
+        self.segment_of(position) < self.first_segment
+    }
+}
