@@ -418,7 +418,8 @@ async fn backlog(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String
     Ok((report, recovered == counted.accepted))
 }
 
-/// The log is read past the page cache, so that it is always cold.
+/// The server is killed and started twice: with the snapshot that it has made, and without, so that it reads the whole
+/// log. Both are read past the page cache, so that they are always cold.
 async fn recovery(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
     let data = folder.path().join("data");
     let target = Target::start(flags, &data)?;
@@ -433,11 +434,18 @@ async fn recovery(flags: &Flags, folder: &Folder) -> Result<(Value, bool), Strin
         .map_err(|error| format!("a client failed: {error}"))?;
     server.kill();
     let server = Server::start(&data, flags.shards)?;
+    let from_snapshot = server.ready;
+    let figures = stats(&server.options).await?;
+    let recovered_from_snapshot = total(&figures, "recovered");
+    let snapshot_bytes = recovery_sum(&figures, "snapshot_bytes");
+    let behind_bytes = recovery_sum(&figures, "bytes");
+    server.kill();
+    remove_snapshots(&data).map_err(|error| format!("a snapshot stays: {error}"))?;
+    let server = Server::start(&data, flags.shards)?;
     let ready = server.ready;
     let figures = stats(&server.options).await?;
-    let shards = figures["shards"].as_array().cloned().unwrap_or_default();
-    let of = |shard: &Value, figure: &str| shard["recovery"][figure].as_u64().unwrap_or(0);
-    let sum = |figure: &str| shards.iter().map(|shard| of(shard, figure)).sum::<u64>();
+    let shards = figures["shards"].as_array().map_or(0, Vec::len);
+    let sum = |figure: &str| recovery_sum(&figures, figure);
     // What the shards took together: they may share a core.
     let seconds = sum("took_us") as f64 / 1e6;
     let recovered = total(&figures, "recovered");
@@ -445,7 +453,7 @@ async fn recovery(flags: &Flags, folder: &Folder) -> Result<(Value, bool), Strin
         "bench": "recovery",
         "schema": 1,
         "accepted": counted.accepted,
-        "shards": shards.len(),
+        "shards": shards,
         "batches": sum("batches"),
         "records": sum("records"),
         "bytes": sum("bytes"),
@@ -453,10 +461,45 @@ async fn recovery(flags: &Flags, folder: &Folder) -> Result<(Value, bool), Strin
         "bytes_per_s_and_shard": round(sum("bytes") as f64 / seconds),
         "replay_s": round(seconds),
         "restart_s": round(ready.as_secs_f64()),
-        "check": { "accepted_client": counted.accepted, "recovered": recovered },
+        "from_snapshot": {
+            "restart_s": round(from_snapshot.as_secs_f64()),
+            "snapshot_bytes": snapshot_bytes,
+            "bytes": behind_bytes,
+        },
+        "check": {
+            "accepted_client": counted.accepted,
+            "recovered": recovered,
+            "recovered_from_snapshot": recovered_from_snapshot,
+        },
         "env": environment(folder.path(), 0.0, placement(flags)),
     });
-    Ok((report, recovered == counted.accepted))
+    let all = recovered == counted.accepted && recovered_from_snapshot == counted.accepted;
+    Ok((report, all))
+}
+
+/// What the last start did, over all shards.
+fn recovery_sum(figures: &Value, figure: &str) -> u64 {
+    let shards = figures["shards"].as_array().into_iter().flatten();
+    shards
+        .map(|shard| shard["recovery"][figure].as_u64().unwrap_or(0))
+        .sum()
+}
+
+/// A start without snapshots reads the whole log.
+fn remove_snapshots(data: &Path) -> std::io::Result<()> {
+    for shard in std::fs::read_dir(data)? {
+        let shard = shard?.path();
+        if !shard.is_dir() {
+            continue;
+        }
+        for file in std::fs::read_dir(shard)? {
+            let file = file?;
+            if file.file_name().to_string_lossy().starts_with("snapshot-") {
+                std::fs::remove_file(file.path())?;
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn idle(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {

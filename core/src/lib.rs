@@ -16,6 +16,7 @@ pub mod planted;
 pub mod record;
 pub mod schedule;
 pub mod shard;
+pub use flow::snapshot;
 pub mod state;
 pub mod table;
 pub mod times;

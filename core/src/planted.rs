@@ -52,11 +52,17 @@ pub enum Bug {
     NameLostInMove,
     /// A restart leaves the tasks of a key in the order in which their records were moved.
     OrderLostInMove,
+    /// A snapshot's names are not loaded.
+    NamesLostInSnapshot,
+    /// What a snapshot knows already is replayed over it.
+    SnapshotReplayedOver,
+    /// A snapshot is believed without its checksums.
+    DamagedSnapshotTrusted,
 }
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Bug; 23] = [
+    pub const ALL: [Bug; 26] = [
         Bug::AckBeforeFlush,
         Bug::RetriedFlush,
         Bug::MissingDirectoryFlush,
@@ -80,6 +86,9 @@ impl Bug {
         Bug::MovedWhileSettling,
         Bug::NameLostInMove,
         Bug::OrderLostInMove,
+        Bug::NamesLostInSnapshot,
+        Bug::SnapshotReplayedOver,
+        Bug::DamagedSnapshotTrusted,
     ];
 
     /// The name by which a command asks for it.
@@ -108,6 +117,9 @@ impl Bug {
             Bug::MovedWhileSettling => "moved_while_settling",
             Bug::NameLostInMove => "name_lost_in_move",
             Bug::OrderLostInMove => "order_lost_in_move",
+            Bug::NamesLostInSnapshot => "names_lost_in_snapshot",
+            Bug::SnapshotReplayedOver => "snapshot_replayed_over",
+            Bug::DamagedSnapshotTrusted => "damaged_snapshot_trusted",
         }
     }
 

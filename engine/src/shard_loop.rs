@@ -16,10 +16,11 @@ use pelton_core::{
     id::{ConnectionId, EdgeId, RequestId, ShardId},
     limits::{INBOX_CONTROL_PER_TURN, INBOX_SUBMITS_PER_TURN},
     shard::{Options as CoreOptions, Shard},
+    snapshot::Cursor,
 };
 use pelton_storage::{
     log::{Log, LogEvent, Options as LogOptions},
-    recover::{Report, recover},
+    recover::{Report, recover_with},
     ring::RingDevice,
 };
 
@@ -84,6 +85,8 @@ pub(crate) struct ShardLoop {
     me: ShardId,
     shard: Shard,
     log: Log<RingDevice>,
+    /// How far the snapshot is that is being taken.
+    snapshot: Cursor,
     inbox: Inbox,
     effects: Effects,
     /// What could not be delivered yet, per edge.
@@ -124,16 +127,15 @@ impl ShardLoop {
         let registered = device.is_registered();
         let mut shard = Shard::new(setup.core);
         let begun = Instant::now();
-        let (log, report) = recover(device, setup.log, &mut |lsn, schema, body| {
-            shard.replay(lsn, schema, body).map_err(|_| ())
-        })
-        .map_err(|error| OpenError::Recover { shard: me, error })?;
+        let (log, report) = recover_with(device, setup.log, &mut shard)
+            .map_err(|error| OpenError::Recover { shard: me, error })?;
         let clock = LoggedClock::start(0, wall_ms(), shard.last_logged_ms());
         let mut stats = ShardStats::new(me);
         stats.registered = registered;
         let mut this = ShardLoop {
             shared: setup.shared,
             me,
+            snapshot: shard.snapshot(),
             shard,
             log,
             inbox: Inbox::default(),
@@ -165,6 +167,8 @@ impl ShardLoop {
             batches: report.batches,
             records: report.records,
             bytes: report.bytes,
+            snapshot_bytes: report.snapshot_bytes,
+            snapshots_passed_over: report.snapshots_passed_over,
             took_us: begun.elapsed().as_micros() as u64,
         };
         this.look_at_space(now.mono_ns);
@@ -230,6 +234,7 @@ impl ShardLoop {
         // What is due leaves first: sealing may take until the batch is durable.
         self.perform();
         self.log.start_reads();
+        self.take_snapshot(now);
         if had_work {
             self.stats.turns += 1;
             let took = self.started.elapsed().as_nanos() as u64 - now.mono_ns;
@@ -238,6 +243,19 @@ impl ShardLoop {
         let rolled = self.seal(now, inbox);
         // What the batch had no room for waits for the flush in flight; nothing else keeps the loop awake.
         rolled || self.log.has_durable() || self.has_backlog() && self.log.can_seal() && had_work
+    }
+
+    /// Takes the next piece of a snapshot, if one is being written or due.
+    fn take_snapshot(&mut self, now: Now) {
+        if self.log.wants_snapshot(now.mono_ns) {
+            self.snapshot = self.shard.snapshot();
+            let (secret, bytes) = (self.shard.secret(), self.shard.snapshot_bytes());
+            self.log.begin_snapshot(secret, bytes);
+        }
+        if self.log.wants_piece() {
+            let piece = self.shard.snapshot_piece(&mut self.snapshot);
+            self.log.put_piece(piece.as_ref());
+        }
     }
 
     /// Something was gathered that the batch had no room for.

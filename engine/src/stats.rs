@@ -74,13 +74,17 @@ impl Stage {
 /// A shard's start.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Recovery {
-    /// Batches of the live log.
+    /// Batches of the log that were replayed.
     pub batches: u64,
     /// Their records.
     pub records: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// How long it took to read, judge and replay them.
+    /// Bytes of the snapshot in front of them; 0 for none.
+    pub snapshot_bytes: u64,
+    /// Snapshots that could not be used.
+    pub snapshots_passed_over: u64,
+    /// How long it took to load the snapshot, and to read, judge and replay the log.
     pub took_us: u64,
 }
 

@@ -21,17 +21,26 @@ pub enum Recovery {
     ReadFailed,
     /// The power failed before the end.
     Interrupted,
+    /// A snapshot was loaded; what is more is one of the others.
+    FromSnapshot,
+    /// A snapshot was passed over.
+    SnapshotPassedOver,
+    /// Damage in front of a snapshot's start, which the start does not look at.
+    BehindSnapshot,
 }
 
 impl Recovery {
     /// Every end.
-    pub const ALL: [Recovery; 6] = [
+    pub const ALL: [Recovery; 9] = [
         Recovery::Empty,
         Recovery::Clean,
         Recovery::TornTail,
         Recovery::Corrupt,
         Recovery::ReadFailed,
         Recovery::Interrupted,
+        Recovery::FromSnapshot,
+        Recovery::SnapshotPassedOver,
+        Recovery::BehindSnapshot,
     ];
 }
 
@@ -233,6 +242,6 @@ fn possible(moment: Moment, step: &str) -> bool {
         Moment::BetweenTurns => !matches!(step, "list" | "open"),
         // The steps that take a disk a moment are met between turns.
         Moment::AfterSeal => matches!(step, "read" | "write" | "zero" | "commit" | IDLE),
-        Moment::InRecovery => step != "close",
+        Moment::InRecovery => true,
     }
 }

@@ -5,12 +5,17 @@
 //! A damaged last batch that nothing vouches for is taken for a torn one: a limit of the log that is known. Such damage
 //! is repaired before the start, and counted.
 
-use pelton_core::id::Lsn;
+use pelton_core::{
+    id::Lsn,
+    shard::{Options as ShardOptions, Shard},
+};
 use pelton_storage::{
     format::{BLOCK_BYTES, BatchHeader},
     log::Options,
     memory::MemoryDevice,
-    recover::{RecoverError, inspect, recover},
+    recover::{RecoverError, inspect, recover_with},
+    segment::parse_segment_name,
+    snapshot::judge_snapshots,
 };
 
 use crate::oracle::{Violation, broken};
@@ -26,6 +31,8 @@ pub enum Expected {
     Named(Vec<Lsn>),
     /// A file lost both copies of its header, but nothing that is needed: refused or not.
     Either,
+    /// The damage stands in front of the start of a snapshot that can be loaded: nobody looks at it before it is read.
+    BehindSnapshot,
 }
 
 /// Looks at the disk and at what it should be.
@@ -45,6 +52,9 @@ pub fn expected(device: &MemoryDevice, options: Options) -> Result<Expected, Vio
         sentence: format!("without what the disk damaged: {error}"),
     })?;
     let headless = |name: &String| {
+        if parse_segment_name(name).is_none() {
+            return false;
+        }
         let copies = [0, BLOCK_BYTES as u64];
         let lost = copies.map(|at| damage.contains(&(name.clone(), at)));
         // A header of another segment in the place of the first copy hides this one.
@@ -80,6 +90,18 @@ pub fn expected(device: &MemoryDevice, options: Options) -> Result<Expected, Vio
         });
     };
     let place = batches[first].lsn;
+    let live = batches[0].lsn;
+    let snapshots = judge_snapshots(&mut device.copied(), options).map_err(|error| Violation {
+        invariant: "a_crash_is_no_corruption",
+        sentence: format!("the snapshots cannot be read: {error}"),
+    })?;
+    let loaded = snapshots.into_iter().filter_map(|snapshot| snapshot.sound);
+    let loaded = loaded
+        .map(|(begin, _)| begin.start)
+        .find(|start| *start >= live);
+    if loaded.is_some_and(|start| place < start) {
+        return Ok(Expected::BehindSnapshot);
+    }
     let vouched = batches[first + 1..]
         .iter()
         .any(|batch| batch.durable > place && !damaged(batch));
@@ -99,7 +121,11 @@ pub fn is_named(
 ) -> Result<String, Violation> {
     let changes = device.changes();
     let damage = device.damage();
-    let started = recover(&mut *device, options, &mut |_, _, _| Ok(()));
+    let mut shard = Shard::new(ShardOptions {
+        segment_bytes: options.segment_bytes,
+        ..ShardOptions::default()
+    });
+    let started = recover_with(&mut *device, options, &mut shard);
     let error = match started {
         Ok((_, report)) => {
             return broken(

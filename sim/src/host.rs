@@ -7,6 +7,7 @@ use pelton_core::{
     event::{Effects, Fetched, Inbox, SubmitBatch, Urgency},
     id::RequestId,
     shard::Shard,
+    snapshot::Cursor,
 };
 use pelton_storage::{
     device::Device,
@@ -44,6 +45,8 @@ pub struct Host {
     pub unreadable_until_ns: u64,
     /// Its log has failed.
     pub poisoned: bool,
+    /// How far the snapshot is that is being taken.
+    snapshot: Cursor,
     soon_since_ns: Option<u64>,
     /// Tasks that the next audit may look at.
     audit_budget: u64,
@@ -53,6 +56,7 @@ impl Host {
     /// A shard that has been started on its log.
     pub fn new(shard: Shard, log: Log<MemoryDevice>) -> Host {
         Host {
+            snapshot: shard.snapshot(),
             shard,
             log,
             inbox: Inbox {
@@ -119,6 +123,15 @@ impl Host {
                 self.audit_budget = 0;
                 self.shard.audit();
             }
+        }
+        if self.log.wants_snapshot(now.mono_ns) {
+            self.snapshot = self.shard.snapshot();
+            let (secret, bytes) = (self.shard.secret(), self.shard.snapshot_bytes());
+            self.log.begin_snapshot(secret, bytes);
+        }
+        if self.log.wants_piece() {
+            let piece = self.shard.snapshot_piece(&mut self.snapshot);
+            self.log.put_piece(piece.as_ref());
         }
         self.seal(now, &effects);
         for fetch in std::mem::take(&mut effects.fetches) {

@@ -210,9 +210,6 @@ pub struct Oracle {
     running: BTreeMap<FunctionId, BTreeSet<RequestId>>,
     /// Attempts that run nowhere, or that their shard may have given back, although the disk does not say so.
     over: BTreeSet<(RequestId, Token)>,
-    /// Attempts that were given back in memory before their task's record was moved. A later start finds them leased
-    /// where the log still has the lease, and given back where it has only the moved record.
-    moved_released: BTreeSet<(RequestId, Token)>,
 }
 
 impl Oracle {
@@ -563,15 +560,11 @@ impl Oracle {
                         && record.function.to_native() == wanted.function.0
                         && record.tenant.to_native() == wanted.tenant.0
                         && relocated.attempt.to_native() == known.token.attempt
+                        && (known.state == State::Running) == (state == State::Running)
                         && Some(state).filter(|state| state.terminal()) == ended,
                     "what_is_moved_stays_true",
                     || format!("{request} was moved as {state} and is {known:?}"),
                 )?;
-                if known.state == State::Running
-                    && !matches!(state, State::Running | State::Stopping)
-                {
-                    self.moved_released.insert((request, known.token));
-                }
             }
             Record::RelocatedOutcome(relocated) => {
                 self.tally.relocated += 1;
@@ -679,11 +672,11 @@ impl Oracle {
         if limit == 0 || !agreed || disk.batches < batch + 2 || disk.replayed.is_some() {
             return Ok(());
         }
-        let (tasks, over, moved) = (&self.tasks, &self.over, &self.moved_released);
+        let (tasks, over) = (&self.tasks, &self.over);
         let count = running
             .iter()
             .map(|&other| (other, tasks[&other].token))
-            .filter(|attempt| !over.contains(attempt) && !moved.contains(attempt))
+            .filter(|attempt| !over.contains(attempt))
             .count();
         self.tally.limited += 1;
         require(
@@ -904,8 +897,7 @@ impl Oracle {
                 require(
                     !current
                         || self.ended.contains_key(&attempt)
-                        || self.released.contains(&attempt)
-                        || self.moved_released.contains(&attempt),
+                        || self.released.contains(&attempt),
                     "current_token_is_taken",
                     || format!("{request} {token:?} is current and was refused"),
                 )

@@ -74,6 +74,7 @@ impl Total {
             ("segments_recycled", counts.recycled),
             ("segments_retired", counts.retired),
             ("records_given_up", counts.read_failures),
+            ("snapshots_written", counts.snapshots),
             ("turns", counts.turns),
             ("events", self.events),
         ]

@@ -7,7 +7,7 @@ use pelton_core::{
     clock::{LoggedClock, Now},
     config::{Change, Directory, FunctionConfig, OnFailure, TenantConfig, Wish},
     event::{Answer, Control, EdgeBatch, Effects, Finished, OutcomeAck, Reply},
-    id::{CellId, ConnectionId, EdgeId, RequestId, ShardId, TenantId, Token, shard_of},
+    id::{CellId, ConnectionId, EdgeId, Lsn, RequestId, ShardId, TenantId, Token, shard_of},
     limits::BATCH_BYTES_MAX,
     shard::{Options, Shard},
 };
@@ -15,7 +15,7 @@ use pelton_storage::{
     device::DeviceOp,
     log::Options as LogOptions,
     memory::{MemoryDevice, Random},
-    recover::{Outcome as Recovered, recover},
+    recover::{Outcome as Recovered, inspect, records, recover_with},
 };
 
 use crate::{
@@ -128,6 +128,8 @@ pub struct Counts {
     pub unvouched: u64,
     /// Records that could not be read after all tries.
     pub read_failures: u64,
+    /// Snapshots that were written.
+    pub snapshots: u64,
 }
 
 impl Counts {
@@ -142,6 +144,7 @@ impl Counts {
         self.retired += other.retired;
         self.unvouched += other.unvouched;
         self.read_failures += other.read_failures;
+        self.snapshots += other.snapshots;
     }
 }
 
@@ -677,6 +680,7 @@ impl World {
             coverage.crash(moment, host.log.device().at_work());
             self.counts.recycled += host.log.stats().recycled;
             self.counts.read_failures += host.log.stats().read_failures;
+            self.counts.snapshots += host.log.stats().snapshots;
             self.counts.retired += host.shard.retire_before().0 / SEGMENT_BYTES;
             self.disks.push(host.crash());
         }
@@ -731,19 +735,34 @@ impl World {
             };
             let mut shard = Shard::new(options);
             let log_options = log_options(index);
+            let recovered = recover_with(device, log_options, &mut shard);
+            let (mut log, report) = recovered.map_err(|error| Violation {
+                invariant: "a_crash_is_no_corruption",
+                sentence: format!("shard {index}: {error}"),
+            })?;
+            // The whole log, whatever a snapshot has spared: it must say what the oracle knows, and lead to the same.
+            let mut whole = Shard::new(Options {
+                seed: shard.secret(),
+                ..options
+            });
             let oracle = &mut self.oracle;
             oracle.recovery_begins(index);
             let mut seen = Ok(());
-            let recovered = recover(device, log_options, &mut |position, schema, body| {
-                if seen.is_ok() {
-                    seen = oracle.record(index, position, schema, body);
-                }
-                shard.replay(position, schema, body).map_err(|_| ())
+            let read = inspect(log.device(), log_options, &mut |header, batch| {
+                let walked = records(batch, header.records, |at, schema, body| {
+                    let position = Lsn(header.lsn.0 + at as u64);
+                    if seen.is_ok() {
+                        seen = oracle.record(index, position, schema, body);
+                    }
+                    whole.replay(position, schema, body).ok()
+                });
+                assert!(walked.is_some(), "a sound batch is read to its end");
+                Ok(())
             });
             seen?;
-            let (log, report) = recovered.map_err(|error| Violation {
+            read.map_err(|error| Violation {
                 invariant: "a_crash_is_no_corruption",
-                sentence: format!("shard {index}: {error}"),
+                sentence: format!("shard {index}, read once more: {error}"),
             })?;
             self.oracle.recovery_ends(index)?;
             self.counts.torn += u64::from(matches!(report.outcome, Recovered::TornTail { .. }));
@@ -752,20 +771,28 @@ impl World {
                 Recovered::Clean => Recovery::Clean,
                 Recovered::TornTail { .. } => Recovery::TornTail,
             });
+            if report.snapshot_bytes > 0 {
+                self.counts.coverage.recovery(Recovery::FromSnapshot);
+            }
+            if report.snapshots_passed_over > 0 {
+                self.counts.coverage.recovery(Recovery::SnapshotPassedOver);
+            }
             self.trace
                 .event(self.now_ns, &[8, index as u64, report.records], || {
                     format!("shard {index}: {report:?}")
                 });
             last_ms = last_ms.max(shard.last_logged_ms());
-            found.push((shard, log));
+            found.push((shard, whole, log));
         }
         self.mono_base_ns = self.random.below(1 << 50);
         let (mono_ns, wall_ms) = (self.mono_base_ns + self.now_ns, self.wall_ms());
         self.clock = LoggedClock::start(mono_ns, wall_ms, last_ms);
         let now = self.now();
-        for (mut shard, log) in found {
+        for (mut shard, mut whole, log) in found {
             shard.start(now);
             shard.audit();
+            whole.start(now);
+            shard.audit_against(&whole);
             self.hosts.push(Host::new(shard, log));
         }
         self.up = true;
@@ -795,6 +822,10 @@ impl World {
             let named = match expected(device, options)? {
                 Expected::Sound => continue,
                 Expected::Either => "a header that nobody needs".to_owned(),
+                Expected::BehindSnapshot => {
+                    self.counts.coverage.recovery(Recovery::BehindSnapshot);
+                    "what a snapshot spares the start".to_owned()
+                }
                 Expected::Unvouched => {
                     self.counts.unvouched += 1;
                     "the last batch, which nothing vouches for".to_owned()
@@ -823,7 +854,11 @@ impl World {
             } else {
                 device.lose_power_at(kind, before);
             }
-            let started = recover(&mut *device, log_options(index), &mut |_, _, _| Ok(())).is_ok();
+            let mut shard = Shard::new(Options {
+                segment_bytes: SEGMENT_BYTES,
+                ..Options::default()
+            });
+            let started = recover_with(&mut *device, log_options(index), &mut shard).is_ok();
             if fails && started && !device.names().is_empty() {
                 broken(
                     "a_failed_read_is_no_end",

@@ -2,7 +2,7 @@
 //! [`log::Log`] asks for. `docs/FORMAT.md` describes the bytes.
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
-//! log; `recover` how it is found again; `memory` a disk for tests; `file` one that is
+//! log; `snapshot` what spares a start most of it; `recover` how it is found again; `memory` a disk for tests; `file` one that is
 //! only read; `manifest` what a data directory is.
 
 pub mod format;
@@ -12,6 +12,8 @@ pub mod device;
 pub mod segment;
 
 pub mod log;
+
+pub mod snapshot;
 
 pub mod recover;
 

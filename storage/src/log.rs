@@ -18,6 +18,7 @@ use pelton_core::{
     limits::BATCH_BYTES_MAX,
     planted::{Bug, planted},
     record::BatchSpace,
+    snapshot::Piece,
 };
 
 use crate::{
@@ -28,6 +29,7 @@ use crate::{
     },
     recover::records,
     segment::{FILL_PIECE_BYTES, File, Progress, Segment, Work},
+    snapshot::{Begin, Snapshots},
 };
 
 /// Buffers that a device holds for a log: one in flight, one open, one durable and being read.
@@ -59,6 +61,7 @@ const TAG_COMMIT: Tag = 0;
 const TAG_WORK: Tag = 1;
 const TAG_ASIDE: Tag = 2;
 const TAG_SCAN: Tag = 3;
+const TAG_SNAPSHOT: Tag = 4;
 const TAG_READS: Tag = 16;
 
 /// What identifies a log.
@@ -112,6 +115,14 @@ pub struct LogStats {
     pub prepare_failures: u64,
     /// Records that could not be read.
     pub read_failures: u64,
+    /// Snapshots that were written.
+    pub snapshots: u64,
+    /// Snapshots that came to nothing.
+    pub snapshot_failures: u64,
+    /// Bytes of the last snapshot.
+    pub snapshot_bytes: u64,
+    /// Bytes of log that a start would replay.
+    pub replay_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -177,6 +188,12 @@ pub(crate) struct Found {
     pub(crate) tail: u64,
     pub(crate) prev_crc: u32,
     pub(crate) retired: Lsn,
+    /// The newest first.
+    pub(crate) snapshots: Vec<u64>,
+    /// Bytes of the one that was loaded.
+    pub(crate) snapshot_bytes: u64,
+    /// Bytes of log that were replayed.
+    pub(crate) replayed_bytes: u64,
 }
 
 /// The log of one shard. Owned by the shard's thread.
@@ -218,6 +235,7 @@ pub struct Log<D> {
     unreadable: VecDeque<(Lsn, bool)>,
     next_read: Tag,
     last_commit_ns: u64,
+    snapshots: Snapshots,
     stats: LogStats,
 }
 
@@ -259,6 +277,12 @@ impl<D: Device> Log<D> {
             unreadable: VecDeque::new(),
             next_read: TAG_READS,
             last_commit_ns: 0,
+            snapshots: Snapshots::new(
+                options,
+                found.snapshots,
+                found.replayed_bytes,
+                found.snapshot_bytes,
+            ),
             stats: LogStats::default(),
         };
         assert!(log.device.buffers().len() >= BUFFER_COUNT);
@@ -278,6 +302,7 @@ impl<D: Device> Log<D> {
                 TAG_WORK => self.on_work(result, now_ns),
                 TAG_ASIDE => {}
                 TAG_SCAN => self.on_scan(result),
+                TAG_SNAPSHOT => self.snapshots.on_done(result),
                 read => self.on_read(read, result),
             }
         }
@@ -385,6 +410,48 @@ impl<D: Device> Log<D> {
             }
         }
         self.background(now_ns);
+        if self.in_flight.is_none() {
+            let (next, cleared) = self.snapshots.next_ops(now_ns);
+            for op in cleared {
+                self.device.start(TAG_ASIDE, op);
+            }
+            if let Some(op) = next {
+                self.device.start(TAG_SNAPSHOT, op);
+            }
+        }
+    }
+
+    /// True if a snapshot is worth it and may begin: between a step and the next batch's sealing.
+    pub fn wants_snapshot(&self, now_ns: u64) -> bool {
+        self.can_seal() && self.snapshots.is_due(now_ns)
+    }
+
+    /// Begins a snapshot with what every batch before the open one has said. `secret` is what the shard's hashes hang
+    /// on, and `bytes` about what it is going to have.
+    pub fn begin_snapshot(&mut self, secret: u64, bytes: u64) {
+        assert!(
+            self.can_seal(),
+            "every batch before the open one is durable"
+        );
+        let begin = Begin {
+            start: self.durable,
+            epoch: self.epoch,
+            prev_crc: self.prev_crc,
+            secret,
+        };
+        self.snapshots.begin(begin, bytes);
+    }
+
+    /// True if [`Log::put_piece`] may be called.
+    pub fn wants_piece(&self) -> bool {
+        self.poisoned.is_none() && self.done.is_none() && self.snapshots.wants_piece()
+    }
+
+    /// Takes the next piece of the snapshot, as the step before left the shard; `None` gives the snapshot up.
+    pub fn put_piece(&mut self, piece: Option<&Piece>) {
+        let flight = self.in_flight.filter(|flight| !flight.internal);
+        let applied = flight.map_or_else(|| self.position(), |flight| flight.base);
+        self.snapshots.put(piece, applied.min(self.durable));
     }
 
     /// When [`Log::tick`] has something to do next; `None` if nothing is foreseen.
@@ -401,7 +468,11 @@ impl<D: Device> Log<D> {
             None if self.needs_work() => Some(self.work_pause_until_ns.max(now_ns + 1)),
             None => None,
         };
-        carry.into_iter().chain(work).min()
+        let snapshot = match self.in_flight {
+            Some(_) => None, // Its end wakes.
+            None => self.snapshots.next_wake_ns(now_ns),
+        };
+        [carry, work, snapshot].into_iter().flatten().min()
     }
 
     /// Everything before this position is dead: its segments go once a durable batch says so.
@@ -483,6 +554,10 @@ impl<D: Device> Log<D> {
         LogStats {
             live_segments: self.live.len() as u64,
             prepared_segments: self.prepared.len() as u64,
+            snapshots: self.snapshots.made,
+            snapshot_failures: self.snapshots.failures,
+            snapshot_bytes: self.snapshots.last_bytes(),
+            replay_bytes: self.snapshots.since_bytes,
             ..self.stats
         }
     }
@@ -612,6 +687,7 @@ impl<D: Device> Log<D> {
         }
         self.stats.batches += 1;
         self.stats.bytes += padded;
+        self.snapshots.appended(padded);
         assert!(
             self.done.is_none(),
             "a durable batch is seen before the next"

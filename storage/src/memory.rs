@@ -270,12 +270,18 @@ impl MemoryDevice {
 
     /// The disk as it would be without its damage, at rest.
     pub fn repaired(&self) -> MemoryDevice {
+        let mut copy = self.copied();
+        copy.repair();
+        copy
+    }
+
+    /// The disk as it is, at rest.
+    pub fn copied(&self) -> MemoryDevice {
         let mut copy = MemoryDevice::new(self.random.0, self.buffers[0].len());
         copy.data.clone_from(&self.data);
         copy.names.clone_from(&self.names);
         copy.durable_names.clone_from(&self.durable_names);
         copy.truth.clone_from(&self.truth);
-        copy.repair();
         copy
     }
 

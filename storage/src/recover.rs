@@ -16,7 +16,9 @@ use pelton_core::{
     id::Lsn,
     limits::BATCH_BYTES_MAX,
     planted::{Bug, planted},
-    record::{RECORD_ALIGN, RECORD_HEADER_BYTES},
+    record::{RECORD_ALIGN, RECORD_HEADER_BYTES, Unreadable},
+    shard::Shard,
+    snapshot::{PieceKind, Unloadable},
 };
 
 use crate::{
@@ -27,6 +29,7 @@ use crate::{
     },
     log::{Found, Log, Options},
     segment::{File, Progress, Segment, Work, is_filling_name, parse_segment_name, segment_name},
+    snapshot::{Begin, Read, Reading, is_temporary_name, parse_snapshot_name},
 };
 
 /// How the log was found.
@@ -58,6 +61,10 @@ pub struct Report {
     pub bytes: u64,
     /// The epoch from now on.
     pub epoch: u64,
+    /// Bytes of the snapshot that was loaded; 0 for none. What was read of the log is behind its start.
+    pub snapshot_bytes: u64,
+    /// Snapshots that could not be used, because they are damaged or the log has left them behind.
+    pub snapshots_passed_over: u64,
 }
 
 /// Why a log is not served. The disk was not changed.
@@ -130,26 +137,138 @@ impl From<DeviceError> for RecoverError {
     }
 }
 
+/// What a start fills. The records of the log come in their order, behind a snapshot's pieces if one is used.
+pub trait Replayer {
+    /// A snapshot is going to be loaded, and all that came before is void. Only called by [`recover_with`].
+    fn load_begins(&mut self, secret: u64, first_segment: u64);
+
+    /// A piece of it, taken as of this position; an `Err` says that it cannot be loaded.
+    fn load(&mut self, kind: PieceKind, position: Lsn, bytes: &[u8]) -> Result<(), Unloadable>;
+
+    /// None can be used, and what was loaded is void: the whole log is going to be replayed.
+    fn load_failed(&mut self);
+
+    /// A record, as [`Replay`] takes it.
+    fn replay(&mut self, position: Lsn, schema: u16, body: &[u8]) -> Result<(), Unreadable>;
+}
+
+impl Replayer for Shard {
+    fn load_begins(&mut self, secret: u64, first_segment: u64) {
+        Shard::load_begins(self, secret, first_segment);
+    }
+
+    fn load(&mut self, kind: PieceKind, position: Lsn, bytes: &[u8]) -> Result<(), Unloadable> {
+        Shard::load(self, kind, position, bytes)
+    }
+
+    fn load_failed(&mut self) {
+        Shard::load_failed(self);
+    }
+
+    fn replay(&mut self, position: Lsn, schema: u16, body: &[u8]) -> Result<(), Unreadable> {
+        Shard::replay(self, position, schema, body)
+    }
+}
+
 /// Takes a record in the log's order: position of its header, schema, body. An `Err` says that it is unreadable.
 pub type Replay<'a> = dyn FnMut(Lsn, u16, &[u8]) -> Result<(), ()> + 'a;
 
 /// Sees a sound batch of the live log, in order.
 pub type Visit<'a> = dyn FnMut(&BatchHeader, &[u8]) -> Result<(), RecoverError> + 'a;
 
-/// Reads the log, hands on its records, and makes it ready for the next batch: the torn tail erased, the epoch raised,
-/// everything flushed.
+/// Reads the whole log, hands on its records, and makes it ready for the next batch: the torn tail erased, the epoch
+/// raised, everything flushed.
 pub fn recover<D: Device>(
     mut device: D,
     options: Options,
     replay: &mut Replay<'_>,
 ) -> Result<(Log<D>, Report), RecoverError> {
     let survey = Survey::take(&mut device, options)?;
-    let judged = judge(
+    let mut reader = Reader::new(&mut device);
+    let judged = judge(&survey, &mut reader, &mut |header, batch| {
+        hand_on(&survey, header, batch, replay)
+    })?;
+    settle(device, options, survey, judged, Loaded::default())
+}
+
+/// As [`recover`], but for what a snapshot spares: of the log in front of its start only the segments' headers are read.
+pub fn recover_with<D: Device>(
+    mut device: D,
+    options: Options,
+    replayer: &mut dyn Replayer,
+) -> Result<(Log<D>, Report), RecoverError> {
+    let survey = Survey::take(&mut device, options)?;
+    let range = find_range(&survey, &mut Reader::new(&mut device))?;
+    let loaded = match &range {
+        Some(range) => load_snapshot(&survey, &mut device, options, range, replayer),
+        None => Loaded::default(),
+    };
+    let mut reader = Reader::new(&mut device);
+    let judged = follow(
         &survey,
-        &mut Reader::new(&mut device),
-        &mut |header, batch| hand_on(&survey, header, batch, replay),
+        &mut reader,
+        range,
+        loaded.start.as_ref(),
+        &mut |header, batch| {
+            hand_on(&survey, header, batch, &mut |lsn, schema, body| {
+                replayer.replay(lsn, schema, body).map_err(|_| ())
+            })
+        },
     )?;
-    settle(device, options, survey, judged)
+    settle(device, options, survey, judged, loaded)
+}
+
+/// What came of the snapshots.
+#[derive(Default)]
+struct Loaded {
+    start: Option<Start>,
+    bytes: u64,
+    passed_over: u64,
+}
+
+/// Where a snapshot lets the replay begin.
+struct Start {
+    begin: Begin,
+    /// The log is durable up to here, says the snapshot.
+    end: Lsn,
+}
+
+/// Loads the newest snapshot that can be used. One that cannot be read is passed over like a damaged one.
+fn load_snapshot<D: Device>(
+    survey: &Survey,
+    device: &mut D,
+    options: Options,
+    range: &Range,
+    replayer: &mut dyn Replayer,
+) -> Loaded {
+    let mut loaded = Loaded::default();
+    for &number in &survey.snapshots {
+        let opened = Reading::open(device, options, number);
+        let Ok(Some((mut reading, begin))) = opened else {
+            loaded.passed_over += 1;
+            continue;
+        };
+        if (survey.start_of(range.first)..=range.begun_end).contains(&begin.start) {
+            replayer.load_begins(begin.secret, range.first);
+            while let Ok(Read::Piece(kind, position, bytes)) = reading.next(device)
+                && replayer.load(kind, position, bytes).is_ok()
+            {
+                if kind == PieceKind::End {
+                    let end = position;
+                    loaded.start = Some(Start { begin, end });
+                    break;
+                }
+            }
+        }
+        let bytes = reading.close(device);
+        if loaded.start.is_some() {
+            loaded.bytes = bytes;
+            return loaded;
+        }
+        loaded.passed_over += 1;
+    }
+    replayer.load_failed();
+    loaded
 }
 
 /// Reads and judges the log without changing anything. `visit` sees every batch of the live log.
@@ -187,6 +306,8 @@ struct Survey {
     /// What files were by the second copy of their header, where the first one tells of another segment.
     hidden: Vec<Segment>,
     leftovers: Vec<String>,
+    /// The numbers of the snapshots, the newest first.
+    snapshots: Vec<u64>,
     next_file: u32,
     segment_bytes: u64,
 }
@@ -202,13 +323,18 @@ impl Survey {
             dead: Vec::new(),
             hidden: Vec::new(),
             leftovers: Vec::new(),
+            snapshots: Vec::new(),
             next_file: 0,
             segment_bytes: options.segment_bytes,
         };
         let mut epochs: BTreeMap<u64, u64> = BTreeMap::new();
         for name in names {
-            if is_filling_name(&name) {
+            if is_filling_name(&name) || is_temporary_name(&name) {
                 survey.leftovers.push(name);
+                continue;
+            }
+            if let Some(number) = parse_snapshot_name(&name) {
+                survey.snapshots.push(number);
                 continue;
             }
             let Some(number) = parse_segment_name(&name) else {
@@ -269,6 +395,7 @@ impl Survey {
                 survey.dead.push(older.file);
             }
         }
+        survey.snapshots.sort_unstable_by(|a, b| b.cmp(a));
         Ok(survey)
     }
 
@@ -468,27 +595,31 @@ struct Judged {
     erase_to: u64,
 }
 
+/// The live log by what its last segment says.
+struct Range {
+    /// Its first segment.
+    first: u64,
+    /// Where the batches that follow each other in the last segment that was begun end.
+    begun_end: Lsn,
+    /// A batch behind that end says that it was durable.
+    vouched: bool,
+    retired: Lsn,
+}
+
 fn judge<D: Device>(
     survey: &Survey,
     reader: &mut Reader<'_, D>,
     visit: &mut Visit<'_>,
 ) -> Result<Judged, RecoverError> {
-    let mut judged = Judged {
-        report: Report {
-            outcome: Outcome::Empty,
-            segments: 0,
-            batches: 0,
-            records: 0,
-            bytes: 0,
-            epoch: 0,
-        },
-        first: 0,
-        last: 0,
-        tail: 0,
-        prev_crc: 0,
-        retired: Lsn(0),
-        erase_to: 0,
-    };
+    let range = find_range(survey, reader)?;
+    follow(survey, reader, range, None, visit)
+}
+
+/// Where the live log is; `None` if there is none.
+fn find_range<D: Device>(
+    survey: &Survey,
+    reader: &mut Reader<'_, D>,
+) -> Result<Option<Range>, RecoverError> {
     // The last segment that was begun tells, in its last good batch, where the live log starts.
     let mut begun = None;
     for (&number, segment) in survey.segments.iter().rev() {
@@ -509,12 +640,13 @@ fn judge<D: Device>(
                 survey.start_of(number),
                 "the first batch is unreadable, and later ones say that it was durable",
             )),
-            _ => Ok(judged),
+            _ => Ok(None),
         };
     };
+    let mut retired = Lsn(0);
     let mut place = SEGMENT_DATA_OFFSET;
     while let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)? {
-        judged.retired = judged.retired.max(header.retired);
+        retired = retired.max(header.retired);
         place = header.end().0 % survey.segment_bytes;
         if place == 0 {
             break;
@@ -529,30 +661,79 @@ fn judge<D: Device>(
         // The log is damaged there. Where else it is, and where first, hangs on what is not needed any more: batches
         // behind the damage know that best.
         each_behind(survey, reader, begun_end, &mut |header| {
-            judged.retired = judged.retired.max(header.retired);
+            retired = retired.max(header.retired);
             false
         })?;
     }
-    judged.first = (judged.retired.0 / survey.segment_bytes).max(1);
-    survey.look_behind_headers(reader, judged.first)?;
-    if judged.first > begun && !survey.segments.contains_key(&judged.first) {
+    let first = (retired.0 / survey.segment_bytes).max(1);
+    survey.look_behind_headers(reader, first)?;
+    if first > begun && !survey.segments.contains_key(&first) {
         return Err(survey.corrupt(
             survey.start_of(begun),
             "the last segment says that it is not needed any more itself",
         ));
     }
-    let missing = (judged.first..=begun).find(|number| !survey.segments.contains_key(number));
+    let missing = (first..=begun).find(|number| !survey.segments.contains_key(number));
     if let Some(missing) = missing {
         return Err(survey.corrupt(
             survey.start_of(missing),
             "a segment that holds live data is missing",
         ));
     }
+    Ok(Some(Range {
+        first,
+        begun_end,
+        vouched,
+        retired,
+    }))
+}
+
+/// Follows the batches from the first one on, or from a snapshot's start, to the end, and judges what stands there.
+fn follow<D: Device>(
+    survey: &Survey,
+    reader: &mut Reader<'_, D>,
+    range: Option<Range>,
+    start: Option<&Start>,
+    visit: &mut Visit<'_>,
+) -> Result<Judged, RecoverError> {
+    let mut judged = Judged {
+        report: Report {
+            outcome: Outcome::Empty,
+            segments: 0,
+            batches: 0,
+            records: 0,
+            bytes: 0,
+            epoch: 0,
+            snapshot_bytes: 0,
+            snapshots_passed_over: 0,
+        },
+        first: 0,
+        last: 0,
+        tail: 0,
+        prev_crc: 0,
+        retired: Lsn(0),
+        erase_to: 0,
+    };
+    let Some(range) = range else {
+        return Ok(judged);
+    };
+    judged.first = range.first;
+    judged.retired = range.retired;
 
     // The chain of batches from there.
-    let mut number = judged.first;
+    let mut number = range.first;
     let mut offset = SEGMENT_DATA_OFFSET;
     let mut chained = false;
+    if let Some(Start { begin, .. }) = start {
+        number = begin.start.0 / survey.segment_bytes;
+        offset = begin.start.0 % survey.segment_bytes;
+        if offset == 0 {
+            (number, offset) = (number - 1, survey.segment_bytes);
+        }
+        judged.report.epoch = begin.epoch;
+        judged.prev_crc = begin.prev_crc;
+        chained = true;
+    }
     loop {
         let segment = &survey.segments[&number];
         let epoch = judged.report.epoch;
@@ -596,8 +777,16 @@ fn judge<D: Device>(
         break;
     }
     let end = Lsn(number * survey.segment_bytes + offset);
-    let vouched = match end == begun_end {
-        true => vouched,
+    if let Some(start) = start
+        && start.end > end
+    {
+        return Err(survey.corrupt(
+            end,
+            "the batch here is unreadable, and a snapshot says that it was durable",
+        ));
+    }
+    let vouched = match end == range.begun_end {
+        true => range.vouched,
         false => find_witness(survey, reader, end)?,
     };
     if vouched && !planted(Bug::TruncateOnCorruption) {
@@ -608,7 +797,7 @@ fn judge<D: Device>(
     }
     judged.last = number;
     judged.tail = offset;
-    judged.report.segments = number - judged.first + 1;
+    judged.report.segments = number - range.first + 1;
     judged.erase_to = torn_until(survey, reader, number, offset)?;
     judged.report.outcome = if judged.erase_to > offset {
         Outcome::TornTail { at: end }
@@ -719,6 +908,7 @@ fn settle<D: Device>(
     options: Options,
     survey: Survey,
     judged: Judged,
+    loaded: Loaded,
 ) -> Result<(Log<D>, Report), RecoverError> {
     for name in survey.leftovers.iter().cloned() {
         device.perform(DeviceOp::Remove { name })?;
@@ -731,9 +921,14 @@ fn settle<D: Device>(
         tail: judged.tail,
         prev_crc: judged.prev_crc,
         retired: judged.retired,
+        snapshots: survey.snapshots,
+        snapshot_bytes: loaded.bytes,
+        replayed_bytes: judged.report.bytes,
     };
     let mut report = judged.report;
     report.epoch = found.epoch;
+    report.snapshot_bytes = loaded.bytes;
+    report.snapshots_passed_over = loaded.passed_over;
     for (number, segment) in survey.segments {
         if report.outcome != Outcome::Empty && (judged.first..=judged.last).contains(&number) {
             // Whatever was read is now relied upon: it may have been written without being flushed.

@@ -8,18 +8,21 @@ use pelton_core::{
     id::Lsn,
     limits::{
         BATCH_BYTES_MAX, CELL_COUNT, SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN,
+        SNAPSHOT_PIECE_BYTES,
     },
     record::*,
+    snapshot::PieceKind,
     state::State,
 };
 use pelton_storage::{
     format::*,
     log::{
-        CARRY_AFTER_NS, DEAD_COUNT_MAX, FILL_PIECES_MAX, PREPARE_AGAIN_NS, PREPARED_COUNT,
+        CARRY_AFTER_NS, DEAD_COUNT_MAX, FILL_PIECES_MAX, Options, PREPARE_AGAIN_NS, PREPARED_COUNT,
         READ_TRIES,
     },
     manifest::{DIRECTORY_VERSION, DataDirectory, Manifest},
     segment::{FILL_PIECE_BYTES, segment_name},
+    snapshot::{PIECE_HEADER_BYTES, SNAPSHOT_VERSION, SNAPSHOTS_KEPT, encode_piece, snapshot_name},
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -110,6 +113,38 @@ fn the_segment_header_stands_where_the_document_says() {
             ("segment_bytes", u128::from(header.segment_bytes)),
             ("epoch", u128::from(header.epoch)),
             ("key", header.key),
+        ],
+    );
+}
+
+#[test]
+fn the_header_of_a_piece_stands_where_the_document_says() {
+    let options = Options {
+        shard: 0x0102,
+        log_id: 0x1112_1314_1516_1718_191a_1b1c_1d1e_1f10,
+        segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
+    };
+    let number = 0x2122_2324_2526_2728;
+    let position = Lsn(0x3132_3334_3536_3738);
+    let piece = encode_piece(options, number, 0x4142_4344, 5, position, &[7; 40]);
+    assert_eq!(piece.len(), BLOCK_BYTES);
+    let header = &piece[..PIECE_HEADER_BYTES];
+    let checksum = xxh3_64(&[7; 40]).rotate_left(1) ^ xxh3_64(&header[..56]);
+    check(
+        &document(),
+        "### Piece",
+        header,
+        &[
+            ("magic", u32_of(b"PLSN")),
+            ("version", u128::from(SNAPSHOT_VERSION)),
+            ("kind", 5),
+            ("payload_bytes", 40),
+            ("index", 0x4142_4344),
+            ("log_id", options.log_id),
+            ("number", u128::from(number)),
+            ("position", u128::from(position.0)),
+            ("shard", u128::from(options.shard)),
+            ("checksum", u128::from(checksum)),
         ],
     );
 }
@@ -342,6 +377,10 @@ fn the_numbers_in_the_document_are_the_constants() {
             (PREPARE_AGAIN_NS / 1_000_000) as usize,
         ),
         ("tries of a read", READ_TRIES as usize),
+        ("snapshot version", usize::from(SNAPSHOT_VERSION)),
+        ("piece header", PIECE_HEADER_BYTES),
+        ("largest payload of a piece", SNAPSHOT_PIECE_BYTES),
+        ("snapshots kept", SNAPSHOTS_KEPT),
     ]);
     assert_eq!(pairs("## Numbers"), constants);
     let places: Vec<String> = pairs("## Segments").into_iter().map(|row| row.0).collect();
@@ -365,6 +404,14 @@ fn the_numbers_in_the_document_are_the_constants() {
     assert_eq!(pairs("### States"), states);
     assert_eq!(segment_name(1), "segment-000001.plt");
     assert!(document.contains("`segment-000001.plt`"));
+    assert_eq!(snapshot_name(7), "snapshot-000007.pls");
+    assert!(document.contains("`snapshot-000007.pls`"));
+    let kinds = pairs("### Kinds of pieces").into_iter().skip(1);
+    let names = ["config", "tasks", "names", "ages", "held keys", "end"];
+    for ((number, name), known) in kinds.zip(names) {
+        assert_eq!(name, known);
+        assert!(PieceKind::from_number(number.parse().unwrap()).is_some());
+    }
 }
 
 #[test]

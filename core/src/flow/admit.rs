@@ -17,7 +17,7 @@ use crate::{
     record::{BatchSpace, Schema, TaskRecordV1},
     shard::{Accepted, Fact, Shard, Waiter},
     state::{Event, State},
-    table::task::{FLAG_MEMORY, FLAG_META, NIL},
+    table::task::{FLAG_DELAYED, FLAG_MEMORY, FLAG_META, NIL},
 };
 
 /// The hash by which two payloads under one `task_id` are told apart: XXH3-64. It is part of the log's format.
@@ -344,6 +344,7 @@ impl Shard {
             max_age_s: task.max_age_s,
             cost: task.cost.max(1),
             flags: if meta { FLAG_META } else { 0 }
+                | if due_ms > 0 { FLAG_DELAYED } else { 0 }
                 | if task.durability == Durability::Memory {
                     FLAG_MEMORY
                 } else {

@@ -5,7 +5,7 @@ use crate::{
     flow::clean::NAME_LIVE_BYTES,
     shard::{Fact, Shard},
     state::State,
-    table::task::{FLAG_KEY_HEAD, List, NIL},
+    table::task::{FLAG_KEY_HEAD, List, NIL, Task},
 };
 
 impl Shard {
@@ -231,5 +231,59 @@ impl Shard {
         );
         assert_eq!(self.waiters.live(), 0, "callers that wait");
         self.audit_credits_at_rest();
+    }
+
+    /// Panics unless this shard, which has just been started from a snapshot, knows what `whole` knows, which has been
+    /// started from the whole log with the same secret and at the same time.
+    pub fn audit_against(&self, whole: &Shard) {
+        for slot in 0..self.tasks.used().max(whole.tasks.used()) {
+            let here = self.tasks.get(slot).filter(|task| !task.state().terminal());
+            let there = whole
+                .tasks
+                .get(slot)
+                .filter(|task| !task.state().terminal());
+            let (Some(here), Some(there)) = (here, there) else {
+                assert!(
+                    here.is_none() && there.is_none(),
+                    "slot {slot} holds {here:?} after the snapshot and {there:?} after the log"
+                );
+                continue;
+            };
+            let facts = |task: &Task, shard: &Shard| {
+                let key = match task.key {
+                    NIL => 0,
+                    key => shard.keys[key].hash,
+                };
+                let lasts = (task.attempt, task.retries(), task.cost, task.record_units);
+                (task.request(slot), task.function, task.position, lasts, key)
+            };
+            assert_eq!(facts(here, self), facts(there, whole), "slot {slot}");
+            assert_eq!(here.state(), there.state(), "slot {slot}");
+            if matches!(here.state(), State::Scheduled) {
+                assert_eq!(here.at, there.at, "slot {slot} is due");
+            }
+        }
+        assert_eq!(self.directory, whole.directory, "configuration");
+        assert_eq!(self.next_seq, whole.next_seq, "running number");
+        for (known, other) in [(self, whole), (whole, self)] {
+            for (hash, name) in known.names.iter() {
+                let until_ms = name.request.accepted_ms() + self.options.dedup_window_ms;
+                let there = other.names.get(hash).map(|there| there.request);
+                assert!(
+                    there == Some(name.request) || until_ms <= self.now.logged_ms,
+                    "the name of {} is that of {there:?}",
+                    name.request
+                );
+            }
+        }
+        // A held key whose failure is gone from the log is known to the snapshot alone.
+        for key in whole.keys.iter().filter(|key| key.held) {
+            let here = self.keys_by_hash.get(key.hash);
+            assert!(
+                here.is_some_and(|&here| self.keys[here].held),
+                "a failure holds the key {:x}",
+                key.hash
+            );
+        }
     }
 }

@@ -213,12 +213,7 @@ impl Shard {
             return Looked::Full;
         }
         let token = task.token();
-        let state = match task.state() {
-            // What was fetched waits again after a restart, and what has run before waits for its retry.
-            State::Enqueued | State::Dequeued if token.attempt > 0 => State::Retrying,
-            State::Dequeued => State::Enqueued,
-            state => state,
-        };
+        let state = self.logged_state(&task);
         let due_ms = match (state, task.state()) {
             (State::Retrying, State::Retrying) => task.at,
             (State::Retrying, _) => self.now.logged_ms,
@@ -343,6 +338,18 @@ impl Shard {
     fn note_relocated(&mut self, bytes: u32) {
         self.counters.relocated += 1;
         self.counters.relocated_bytes += u64::from(bytes);
+    }
+
+    /// The state of a task as the log knows it, which does not know what only memory does.
+    pub(crate) fn logged_state(&self, task: &Task) -> State {
+        match task.state() {
+            State::Enqueued | State::Dequeued | State::Paused => match task.attempt {
+                _ if task.has(FLAG_RELEASED) => State::Running,
+                0 => State::Enqueued,
+                _ => State::Retrying,
+            },
+            state => state,
+        }
     }
 
     /// The hash of a given name; 0 for none.

@@ -68,7 +68,7 @@ impl Shard {
                 task.set_state(State::Running);
                 task.attempt = token.attempt;
                 task.at = now_us;
-                task.clear(FLAG_BUSY);
+                task.clear(FLAG_BUSY | FLAG_RELEASED);
                 self.counters.leased += 1;
                 self.hand_to(slot, binding);
                 let held = self.tasks[slot].holder != NIL;

@@ -177,6 +177,7 @@ impl Shard {
         self.leave_executor(slot);
         let tenant = self.tenant_of(slot);
         self.queues[tenant.0 as usize].waiting += 1;
+        self.tasks[slot].set(FLAG_RELEASED);
         self.enqueue(slot, true);
     }
 

@@ -14,4 +14,5 @@ mod rebuild;
 mod receive;
 pub(crate) mod replay;
 mod session;
+pub mod snapshot;
 mod timers;

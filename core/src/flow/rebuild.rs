@@ -158,11 +158,19 @@ impl Shard {
     }
 
     fn count_names(&mut self) {
-        let names = core::mem::take(&mut self.names);
-        self.live_bytes += NAME_LIVE_BYTES * names.len() as u64;
-        for (_, name) in names.iter() {
-            self.reference(u64::from(name.segment));
+        let mut names = core::mem::take(&mut self.names);
+        let mut gone = Vec::new();
+        for (hash, name) in names.iter() {
+            if u64::from(name.segment) < self.first_segment {
+                gone.push(hash); // Forgotten after the snapshot had been taken, and its segment with it.
+            } else {
+                self.reference(u64::from(name.segment));
+            }
         }
+        for hash in gone {
+            names.remove(hash);
+        }
+        self.live_bytes += NAME_LIVE_BYTES * names.len() as u64;
         self.names = names;
         if self.replayed.names_moved {
             let mut ages = Vec::new();

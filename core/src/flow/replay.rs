@@ -2,6 +2,8 @@
 //! records may come behind what they were in front of; what hangs together over several tasks is made once, at the
 //! start, by `rebuild`.
 
+use alloc::vec::Vec;
+
 use crate::{
     config::{Change, OnFailure},
     error::Code,
@@ -21,7 +23,9 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Replayed {
     /// Tasks that have ended so far: the number of each stands in its `holder`.
-    ended: u32,
+    pub(crate) ended: u32,
+    /// As of which places of the log the loaded pieces of the task table were taken.
+    pub(crate) captured: Vec<Lsn>,
     /// Names have come behind some that were accepted later.
     pub(crate) names_moved: bool,
 }
@@ -36,7 +40,9 @@ impl Shard {
         let at_ms = match read(schema, body)? {
             Record::Task(task) => {
                 let accepted = self.accepted_of(task, position, record_bytes);
-                self.found_task(accepted);
+                if !self.replayed.is_known(accepted.request.slot(), position) {
+                    self.found_task(accepted);
+                }
                 accepted.request.accepted_ms()
             }
             Record::Lease(lease) => {
@@ -44,18 +50,27 @@ impl Shard {
                     generation: lease.generation.to_native(),
                     attempt: lease.attempt.to_native(),
                 };
-                self.found_lease(RequestId(lease.request.to_native()), token);
+                let request = RequestId(lease.request.to_native());
+                if !self.replayed.is_known(request.slot(), position) {
+                    self.found_lease(request, token);
+                }
                 lease.at_ms.to_native()
             }
             Record::Outcome(outcome) => {
                 Code::from_number(outcome.code.to_native()).ok_or(unreadable)?;
                 let state = State::from_number(outcome.state).ok_or(unreadable)?;
-                self.found_outcome(outcome, state, (position, record_bytes));
+                let request = RequestId(outcome.request.to_native());
+                if !self.replayed.is_known(request.slot(), position) {
+                    self.found_outcome(outcome, state, (position, record_bytes));
+                }
                 outcome.at_ms.to_native()
             }
             Record::Move(moved) => {
                 let state = State::from_number(moved.state).ok_or(unreadable)?;
-                if let Some(slot) = self.tasks.find(RequestId(moved.request.to_native())) {
+                let request = RequestId(moved.request.to_native());
+                if !self.replayed.is_known(request.slot(), position)
+                    && let Some(slot) = self.tasks.find(request)
+                {
                     if state.terminal() {
                         self.found_end(slot, state, (Lsn(0), 0));
                     } else {
@@ -78,12 +93,15 @@ impl Shard {
             Record::RelocatedTask(relocated) => {
                 let state = State::from_number(relocated.state).ok_or(unreadable)?;
                 let accepted = self.accepted_of(&relocated.task, position, record_bytes);
-                self.found_relocated(relocated, accepted, state);
+                if !self.replayed.is_known(accepted.request.slot(), position) {
+                    self.found_relocated(relocated, accepted, state);
+                }
                 relocated.at_ms.to_native()
             }
             Record::RelocatedOutcome(relocated) => {
                 let request = RequestId(relocated.outcome.request.to_native());
-                if let Some(slot) = self.tasks.find(request)
+                if !self.replayed.is_known(request.slot(), position)
+                    && let Some(slot) = self.tasks.find(request)
                     && self.tasks[slot].state().terminal()
                     && self.tasks[slot].at == relocated.from.to_native()
                 {
@@ -124,6 +142,7 @@ impl Shard {
         let function = FunctionId(task.function.to_native());
         let (task_id, key) = (task.task_id.as_bytes(), task.key.as_bytes());
         let seed = self.options.seed;
+        let due_ms = task.due_ms.to_native();
         let meta = task_id.len() + key.len() + task.content_type.len() + task.traceparent.len() > 0;
         Accepted {
             request: task.request(),
@@ -131,10 +150,11 @@ impl Shard {
             function,
             position,
             record_bytes,
-            due_ms: task.due_ms.to_native(),
+            due_ms,
             max_age_s: task.max_age_s.to_native(),
             cost: task.cost.to_native().max(1),
             flags: if meta { FLAG_META } else { 0 }
+                | if due_ms > 0 { FLAG_DELAYED } else { 0 }
                 | if task.durability == 1 { FLAG_MEMORY } else { 0 },
             name: if task_id.is_empty() {
                 0
@@ -186,7 +206,7 @@ impl Shard {
     }
 
     /// A name, or a later place of its record.
-    fn found_name(&mut self, hash: u128, name: Name) {
+    pub(crate) fn found_name(&mut self, hash: u128, name: Name) {
         match self.names.get(hash) {
             // It was given again when its window was over, before this record of its first task was moved.
             Some(known) if known.request.seq() > name.request.seq() => {}

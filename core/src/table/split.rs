@@ -121,8 +121,18 @@ impl<V: Copy> SplitMap<V> {
 
     /// All keys with their values, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (u128, V)> {
-        let places = self.tables.iter().flat_map(|table| table.places.iter());
-        places.flatten().map(|(key, value)| (key.get(), *value))
+        (0..self.tables()).flat_map(|table| self.table(table))
+    }
+
+    /// Sub-tables. One that splits keeps its number, and half of its keys go into one behind all others.
+    pub fn tables(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// The keys of a sub-table with their values, at most 512.
+    pub fn table(&self, table: usize) -> impl Iterator<Item = (u128, V)> {
+        let places = self.tables[table].places.iter().flatten();
+        places.map(|(key, value)| (key.get(), *value))
     }
 
     /// The value of a key.

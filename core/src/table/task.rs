@@ -33,6 +33,10 @@ pub const FLAG_FETCHING: u16 = 32;
 pub const FLAG_OWN_AGE: u16 = 64;
 /// Accepted with `durability=memory`.
 pub const FLAG_MEMORY: u16 = 128;
+/// It was delayed: its age counts from when it was due.
+pub const FLAG_DELAYED: u16 = 256;
+/// Its last attempt was given back in memory alone: the log knows it as running.
+pub const FLAG_RELEASED: u16 = 512;
 
 /// One task. Owned by its shard; found by slot, verified by the rest of the request id.
 #[derive(Clone, Copy, Debug)]

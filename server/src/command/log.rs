@@ -22,6 +22,7 @@ use pelton_storage::{
     manifest::{DataDirectory, DirectoryError, Manifest, read_manifest, shard_folder},
     recover::{Outcome, RecoverError, Report, inspect, records},
     segment::parse_segment_name,
+    snapshot::{Judgement, judge_snapshots},
 };
 use serde_json::{Value, json};
 
@@ -213,6 +214,7 @@ fn verify(place: &Place) -> Result<bool, String> {
         );
     }
     let mut sound = true;
+    let mut snapshots_sound = true;
     let mut described = Vec::new();
     for &shard in &look.shards {
         let folder = shard_folder(&place.data, shard);
@@ -223,9 +225,14 @@ fn verify(place: &Place) -> Result<bool, String> {
             }
             Ok(())
         });
+        let snapshots = judge_snapshots(&mut FileDevice::new(&folder), look.options(shard))
+            .map_err(|error| error.to_string())?;
         sound &= read.is_ok();
+        snapshots_sound &= snapshots.iter().all(|snapshot| snapshot.sound.is_some());
         if place.json {
-            described.push(describe(shard, &read, &counts));
+            let mut shard = describe(shard, &read, &counts);
+            shard["snapshots"] = snapshots.iter().map(describe_snapshot).collect();
+            described.push(shard);
             continue;
         }
         match read {
@@ -258,10 +265,31 @@ fn verify(place: &Place) -> Result<bool, String> {
             ),
             Err(error) => println!("shard {shard}: NOT READABLE: {error}"),
         }
+        for snapshot in &snapshots {
+            let name = &snapshot.name;
+            match &snapshot.sound {
+                Some((begin, _)) => println!(
+                    "  {name}: sound; a start replays the log from segment {}, byte offset {} on",
+                    begin.start.0 / look.manifest.segment_bytes,
+                    begin.start.0 % look.manifest.segment_bytes
+                ),
+                None => println!("  {}: DAMAGED", folder.join(name).display()),
+            }
+        }
     }
     if place.json {
-        let object = json!({ "sound": sound, "in_use": look.in_use, "shards": described });
+        let object = json!({
+            "sound": sound,
+            "snapshots_sound": snapshots_sound,
+            "in_use": look.in_use,
+            "shards": described,
+        });
         println!("{object}");
+    } else if sound && !snapshots_sound {
+        println!(
+            "the log is sound and servers start on it: a damaged snapshot is passed over, and makes the start longer. \
+             The disk has changed what was written: look after it"
+        );
     } else if sound {
         println!("every checksum and every record holds");
     } else {
@@ -269,7 +297,16 @@ fn verify(place: &Place) -> Result<bool, String> {
             "nothing was changed; no server starts on it: restore the directory from a backup"
         );
     }
-    Ok(sound)
+    Ok(sound && snapshots_sound)
+}
+
+fn describe_snapshot(snapshot: &Judgement) -> Value {
+    json!({
+        "file": snapshot.name,
+        "sound": snapshot.sound.is_some(),
+        "start": snapshot.sound.map(|(begin, _)| begin.start.0),
+        "vouches_up_to": snapshot.sound.map(|(_, end)| end.0),
+    })
 }
 
 fn describe(shard: u16, read: &Result<Report, RecoverError>, counts: &[u64; 6]) -> Value {

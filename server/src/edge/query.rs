@@ -742,6 +742,10 @@ fn describe_shard(stats: &ShardStats) -> Value {
         "recycled": stats.log.recycled,
         "prepare_failures": stats.log.prepare_failures,
         "read_failures": stats.log.read_failures,
+        "snapshots": stats.log.snapshots,
+        "snapshot_failures": stats.log.snapshot_failures,
+        "snapshot_bytes": stats.log.snapshot_bytes,
+        "replay_bytes": stats.log.replay_bytes,
         "buffers_registered": stats.registered,
         "poisoned": stats.poisoned,
     });
@@ -749,6 +753,8 @@ fn describe_shard(stats: &ShardStats) -> Value {
         "batches": stats.recovery.batches,
         "records": stats.recovery.records,
         "bytes": stats.recovery.bytes,
+        "snapshot_bytes": stats.recovery.snapshot_bytes,
+        "snapshots_passed_over": stats.recovery.snapshots_passed_over,
         "took_us": stats.recovery.took_us,
     });
     described["turns"] = stats.turns.into();
