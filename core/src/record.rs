@@ -146,6 +146,8 @@ pub struct OutcomeRecordV1<'a> {
     pub retries: u8,
     /// The error's code; 0 for a success.
     pub code: u16,
+    /// 1: it is a failure that holds its task's ordering key.
+    pub holds_key: u8,
     /// What the executor said of the error.
     #[rkyv(with = InlineAsBox)]
     pub error: &'a str,
@@ -607,6 +609,7 @@ impl ArchivedOutcomeRecordV1<'_> {
             state: self.state,
             retries: self.retries,
             code: self.code.to_native(),
+            holds_key: self.holds_key,
             error: &self.error,
             output: &self.output,
             result: &self.result,

@@ -11,7 +11,7 @@ use alloc::{
 
 use crate::{
     clock::Now,
-    config::{Change, Directory, FunctionConfig, Wish},
+    config::{Change, Directory, FunctionConfig, OnFailure, Wish},
     error::Code,
     event::{Control, Counters, Durable, EdgeBatch, Effects, Inbox, Urgency},
     flow::{clean::Cleaning, replay::Replayed},
@@ -225,6 +225,13 @@ pub(crate) struct Binding {
     pub(crate) queued: bool,
     /// It is in `watch`.
     pub(crate) watched: bool,
+}
+
+impl Lane {
+    /// True if a failure of the function holds its task's ordering key.
+    pub(crate) fn holds_keys(&self) -> bool {
+        self.live && self.config.on_failure == OnFailure::Hold
+    }
 }
 
 impl Binding {

@@ -610,6 +610,7 @@ fn a_record_is_read_whole_whatever_its_reader_thinks_of_its_length() {
             state: 6,
             retries: 7,
             code: 8,
+            holds_key: 0,
             error: "",
             output: &[],
             result: &payload,

@@ -269,7 +269,7 @@ fn the_records_have_the_fields_that_the_document_lists() {
             attempt
         }),
         archived!(ArchivedOutcomeRecordV1<'static> {
-            request, at_ms, due_ms, generation, attempt, state, retries, code, error, output, result
+            request, at_ms, due_ms, generation, attempt, state, retries, code, holds_key, error, output, result
         }),
         archived!(ArchivedMoveRecordV1 {
             request,

@@ -469,13 +469,13 @@ impl Shard {
         let index = core::mem::replace(&mut task.key, NIL);
         let was_head = task.has(FLAG_KEY_HEAD);
         task.clear(FLAG_KEY_HEAD);
-        let lane = &self.lanes[task.function.0 as usize];
-        let hold = lane.live && lane.config.on_failure == crate::config::OnFailure::Hold;
+        // What it was told to do then may have been changed while the outcome was on its way to the disk.
+        let holds = task.has(FLAG_HOLDS_KEY) && self.lanes[task.function.0 as usize].holds_keys();
         let key = &mut self.keys[index];
         key.members -= 1;
         if was_head {
             key.head = NIL;
-            key.held = state == State::Failed && hold;
+            key.held = state == State::Failed && holds;
         }
         if key.members == 0 && !key.held {
             self.keys_by_hash.remove(key.hash);

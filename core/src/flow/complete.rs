@@ -280,8 +280,13 @@ impl Shard {
             Event::Fail
         };
         self.meet(self.tasks[slot].state(), event);
+        let lane = &self.lanes[self.tasks[slot].function.0 as usize];
         let task = &mut self.tasks[slot];
         task.set(FLAG_BUSY);
+        if state == State::Failed && task.key != NIL && lane.holds_keys() {
+            task.set(FLAG_HOLDS_KEY);
+        }
+        let holds_key = u8::from(task.has(FLAG_HOLDS_KEY));
         let (request, token, retries) = (task.request(slot), task.token(), task.retries());
         let record = OutcomeRecordV1 {
             request: request.0,
@@ -292,6 +297,7 @@ impl Shard {
             state: state as u8,
             retries,
             code: code as u16,
+            holds_key,
             error,
             output,
             result,

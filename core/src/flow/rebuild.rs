@@ -5,7 +5,6 @@ use alloc::{collections::BTreeSet, vec::Vec};
 
 use crate::{
     clock::Now,
-    config::OnFailure,
     event::Counters,
     flow::clean::NAME_LIVE_BYTES,
     id::{FunctionId, Lsn},
@@ -92,8 +91,7 @@ impl Shard {
             }
         }
         for index in 0..self.keys.used() {
-            let lane = &self.lanes[self.keys[index].function.0 as usize];
-            let holds = lane.live && lane.config.on_failure == OnFailure::Hold;
+            let holds = self.lanes[self.keys[index].function.0 as usize].holds_keys();
             self.keys[index].held &= holds;
         }
     }

@@ -5,7 +5,7 @@
 use alloc::vec::Vec;
 
 use crate::{
-    config::{Change, OnFailure},
+    config::Change,
     error::Code,
     flow::admit::{key_hash, name_hash},
     id::{FunctionId, Lsn, RequestId, TenantId, Token},
@@ -252,7 +252,13 @@ impl Shard {
             self.tasks[slot].set_state(state);
             self.tasks[slot].at = outcome.due_ms.to_native();
         } else {
+            let key = self.tasks[slot].key;
             self.found_end(slot, state, place);
+            if key != NIL && outcome.holds_key == 1 {
+                let lane = &self.lanes[self.tasks[slot].function.0 as usize];
+                // A function whose record was moved forward is not known yet.
+                self.keys[key].held = !lane.live || lane.holds_keys();
+            }
         }
     }
 
@@ -264,12 +270,7 @@ impl Shard {
         task.clear(FLAG_OWN_AGE);
         self.replayed.ended += 1;
         task.holder = self.replayed.ended;
-        let key = core::mem::replace(&mut task.key, NIL);
-        if key != NIL && state == State::Failed {
-            let lane = &self.lanes[task.function.0 as usize];
-            // A function whose record was moved forward is not known yet; whether it holds keys is seen at the start.
-            self.keys[key].held = !lane.live || lane.config.on_failure == OnFailure::Hold;
-        }
+        task.key = NIL;
     }
 
     /// A moved record. Where the task's earlier records are in the log too, only its place is new; where they are gone,
@@ -311,7 +312,7 @@ impl Shard {
         if state.terminal() {
             let task = &mut self.tasks[slot];
             task.attempt = attempt;
-            let key = core::mem::replace(&mut task.key, NIL);
+            let key = task.key;
             let outcome = Lsn(record.outcome.to_native());
             self.found_end(slot, state, (outcome, record.outcome_bytes.to_native()));
             if record.holds_key == 1 && key != NIL {

@@ -37,6 +37,8 @@ pub const FLAG_MEMORY: u16 = 128;
 pub const FLAG_DELAYED: u16 = 256;
 /// Its last attempt was given back in memory alone: the log knows it as running.
 pub const FLAG_RELEASED: u16 = 512;
+/// It fails, and its failure holds its ordering key.
+pub const FLAG_HOLDS_KEY: u16 = 1024;
 
 /// One task. Owned by its shard; found by slot, verified by the rest of the request id.
 #[derive(Clone, Copy, Debug)]
