@@ -8,6 +8,7 @@ use std::{
 
 use pelton_core::limits::{
     FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_LIMIT,
+    SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -35,6 +36,7 @@ pub struct ServerLayer {
     pub shards: Option<u16>,
     pub edges: Option<usize>,
     pub log: Option<String>,
+    pub segment_bytes: Option<u64>,
 }
 
 /// `[limits]`
@@ -95,6 +97,8 @@ pub struct Config {
     pub shards: Setting<Option<u16>>,
     pub edges: Setting<Option<usize>>,
     pub log: Setting<String>,
+    /// Counts where a data directory is made; its `MANIFEST` says it from then on.
+    pub segment_bytes: Setting<u64>,
     pub payload_bytes_max: Setting<usize>,
     pub in_flight_max: Setting<u32>,
     pub space_bytes_min: Setting<u64>,
@@ -105,12 +109,13 @@ pub struct Config {
 }
 
 /// The settings that there are: section, key, and whether it is a number.
-const KEYS: [(&str, &str, bool); 12] = [
+const KEYS: [(&str, &str, bool); 13] = [
     ("server", "listen", false),
     ("server", "data", false),
     ("server", "shards", true),
     ("server", "edges", true),
     ("server", "log", false),
+    ("server", "segment_bytes", true),
     ("limits", "payload_bytes_max", true),
     ("limits", "in_flight_max", true),
     ("limits", "space_bytes_min", true),
@@ -184,6 +189,12 @@ impl Config {
                 |layer| layer.server.log.clone(),
                 "warn".into(),
             ),
+            segment_bytes: pick.of(
+                "server",
+                "segment_bytes",
+                |layer| layer.server.segment_bytes,
+                SEGMENT_BYTES_DEFAULT as u64,
+            ),
             payload_bytes_max: pick.of(
                 "limits",
                 "payload_bytes_max",
@@ -238,6 +249,16 @@ impl Config {
         if self.edges.value == Some(0) {
             return refuse("server.edges", &self.edges.source, "at least 1");
         }
+        let segment_bytes = self.segment_bytes.value;
+        if !(SEGMENT_BYTES_MIN as u64..=SEGMENT_BYTES_MAX as u64).contains(&segment_bytes)
+            || !segment_bytes.is_multiple_of(1 << 20)
+        {
+            return refuse(
+                "server.segment_bytes",
+                &self.segment_bytes.source,
+                "whole mebibytes from 4194304 to 268435456",
+            );
+        }
         if !(1..=PAYLOAD_BYTES_LIMIT).contains(&self.payload_bytes_max.value) {
             return refuse(
                 "limits.payload_bytes_max",
@@ -279,6 +300,9 @@ impl Config {
                     "shards" => (auto(self.shards.value), &self.shards.source),
                     "edges" => (auto(self.edges.value), &self.edges.source),
                     "log" => (json!(self.log.value), &self.log.source),
+                    "segment_bytes" => {
+                        (json!(self.segment_bytes.value), &self.segment_bytes.source)
+                    }
                     "payload_bytes_max" => (
                         json!(self.payload_bytes_max.value),
                         &self.payload_bytes_max.source,

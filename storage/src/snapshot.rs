@@ -553,8 +553,8 @@ impl Writer {
 const OP_EVERY_NS: u64 = 1_000_000;
 /// Pause after a snapshot that came to nothing.
 const AGAIN_NS: u64 = 10_000_000_000;
-/// Segments that are appended before a snapshot is worth it.
-const SEGMENTS_MIN: u64 = 2;
+/// Segments of log that make a snapshot worth it.
+const SEGMENTS_MIN: u64 = 1;
 /// The log grows by so many times the last snapshot's length before the next one.
 const LENGTHS_MIN: u64 = 2;
 

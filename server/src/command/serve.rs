@@ -90,6 +90,7 @@ fn serve(config: &Config) -> Result<(), String> {
             Vec::new()
         },
         linger: LINGER,
+        segment_bytes: config.segment_bytes.value,
         payload_bytes_max: config.payload_bytes_max.value,
         space_bytes_min: config.space_bytes_min.value,
         finished_max: config.finished_max.value,

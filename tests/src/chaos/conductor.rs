@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     history::{Event, History},
-    host::{Phase, Reached, Server, Watcher},
+    host::{Reached, Server, Watcher},
     judge::{Invariant, Judge, Verdict},
     plan::{Dice, FUNCTIONS, TENANTS},
 };
@@ -292,8 +292,7 @@ impl<'a> Run<'a> {
                 return Ok(());
             }
             let server = self.server.as_ref().expect("it is up during a cycle");
-            let rare = server.phase() != Phase::Serving;
-            if enough && rare && self.dice.chance(RARE_PHASES_KILLED) {
+            if enough && server.writes_snapshot() && self.dice.chance(RARE_PHASES_KILLED) {
                 return Ok(());
             }
             if executor_dies.is_some_and(|at| start.elapsed() >= at) {

@@ -3,13 +3,18 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use pelton_core::record::Schema;
+use pelton_storage::{
+    format::{BLOCK_BYTES, BatchHeader, SEGMENT_DATA_OFFSET, SegmentHeader},
+    recover::records,
+};
 use serde_json::Value;
 
 /// A start that takes longer has failed.
@@ -18,6 +23,8 @@ const LOOK: Duration = Duration::from_millis(1);
 /// A lease term and its heartbeats: short, so that takeovers happen while a run lasts.
 const LEASE_MS: u32 = 1_000;
 const HEARTBEAT_MS: u32 = 200;
+/// Small segments, so that snapshots are written and the log is cleaned all the time.
+const SEGMENT_BYTES: u64 = 4 << 20;
 
 /// What a server is doing when it is killed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -28,16 +35,24 @@ pub enum Phase {
     Recovery,
     /// It serves, and a shard is writing a snapshot.
     Snapshot,
+    /// It serves, and a shard is moving what lives out of the log's oldest segment.
+    Cleaning,
 }
 
 impl Phase {
-    pub const ALL: [Phase; 3] = [Phase::Serving, Phase::Recovery, Phase::Snapshot];
+    pub const ALL: [Phase; 4] = [
+        Phase::Serving,
+        Phase::Recovery,
+        Phase::Snapshot,
+        Phase::Cleaning,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Phase::Serving => "serving",
             Phase::Recovery => "recovery",
             Phase::Snapshot => "snapshot",
+            Phase::Cleaning => "cleaning",
         }
     }
 
@@ -45,12 +60,14 @@ impl Phase {
         Phase::ALL.into_iter().find(|phase| phase.name() == name)
     }
 
-    /// The phase of a server, by what it has said and what it has left in its directory.
+    /// The phase in which a server was killed, by what it has said and what it has left in its directory.
     pub fn of(data: &Path, listens: bool) -> Phase {
         if !listens {
             Phase::Recovery
         } else if writes_snapshot(data) {
             Phase::Snapshot
+        } else if shards(data).any(|shard| was_cleaning(&shard)) {
+            Phase::Cleaning
         } else {
             Phase::Serving
         }
@@ -59,13 +76,55 @@ impl Phase {
 
 /// A snapshot has a temporary name in its shard's directory until it is whole.
 fn writes_snapshot(data: &Path) -> bool {
-    let inside = |folder: &Path| {
-        let entries = fs::read_dir(folder).into_iter().flatten();
-        entries.filter_map(Result::ok).map(|entry| entry.path())
-    };
-    let shards = inside(data).filter(|path| starts(path, "shard-"));
-    let mut files = shards.flat_map(|shard| inside(&shard).collect::<Vec<PathBuf>>());
+    let mut files = shards(data).flat_map(|shard| inside(&shard).collect::<Vec<PathBuf>>());
     files.any(|path| starts(&path, "snapshot-") && path.extension() == Some(OsStr::new("tmp")))
+}
+
+fn inside(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    entries.filter_map(Result::ok).map(|entry| entry.path())
+}
+
+fn shards(data: &Path) -> impl Iterator<Item = PathBuf> {
+    inside(data).filter(|path| starts(path, "shard-"))
+}
+
+/// The last batch of a shard's log has moved records.
+fn was_cleaning(shard: &Path) -> bool {
+    let header = |path: &Path| {
+        let mut block = [0; BLOCK_BYTES];
+        File::open(path).ok()?.read_exact(&mut block).ok()?;
+        SegmentHeader::decode(&block).ok()
+    };
+    let segments = inside(shard).filter(|path| starts(path, "segment-"));
+    let mut segments: Vec<(u64, PathBuf)> = segments
+        .filter_map(|path| Some((header(&path)?.segment, path)))
+        .collect();
+    segments.sort_unstable();
+    // The last ones are prepared and empty.
+    segments.iter().rev().any(|(segment, path)| {
+        let bytes = fs::read(path).unwrap_or_default();
+        let mut at = SEGMENT_DATA_OFFSET as usize;
+        let mut last = None;
+        while let Some(found) = bytes.get(at..).and_then(BatchHeader::peek)
+            && found.segment == *segment
+            && let Some(batch) = bytes.get(at..at + found.bytes())
+        {
+            if found.records > 0 {
+                last = Some((batch, found.records));
+            }
+            at += found.bytes().next_multiple_of(BLOCK_BYTES);
+        }
+        let moved = |(batch, count)| {
+            let mut moved = false;
+            records(batch, count, |_, schema, _| {
+                moved |= schema >= Schema::RelocatedTask as u16;
+                Some(())
+            });
+            moved
+        };
+        last.is_some_and(moved)
+    })
 }
 
 fn starts(path: &Path, with: &str) -> bool {
@@ -110,6 +169,7 @@ impl Server {
             .args(["--shards", &shards.to_string()])
             .arg("--data")
             .arg(&data)
+            .env("PELTON_SERVER__SEGMENT_BYTES", SEGMENT_BYTES.to_string())
             .env("PELTON_EXECUTOR__LEASE_MS", LEASE_MS.to_string())
             .env("PELTON_EXECUTOR__HEARTBEAT_MS", HEARTBEAT_MS.to_string())
             .stdin(Stdio::null())
@@ -156,8 +216,9 @@ impl Server {
         }
     }
 
-    pub fn phase(&self) -> Phase {
-        Phase::of(&self.data, self.listens())
+    /// True while a shard is writing a snapshot, which is rarely met.
+    pub fn writes_snapshot(&self) -> bool {
+        writes_snapshot(&self.data)
     }
 
     /// SIGKILL. The phase is told from what the dead process left, so that it cannot have changed meanwhile.
@@ -165,7 +226,7 @@ impl Server {
         self.must_live()?;
         let killed = self.child.kill().and_then(|()| self.child.wait());
         killed.map_err(|error| format!("the server cannot be killed: {error}"))?;
-        Ok(self.phase())
+        Ok(Phase::of(&self.data, self.listens()))
     }
 
     fn listens(&self) -> bool {
