@@ -6,7 +6,6 @@ use std::{
     sync::{Arc, atomic::Ordering::*},
 };
 
-use crossbeam::queue::ArrayQueue;
 use pelton_core::{
     event::{Control, SubmitBatch},
     id::{EdgeId, ShardId},
@@ -17,6 +16,7 @@ use crate::{
     engine::Shared,
     inbox::{Delivery, Outbox},
     routes::Routes,
+    sync::{ArrayQueue, AtomicBool},
 };
 
 /// One edge's way into the engine. Used by one thread at a time; dropping it ends its part, and what shards still
@@ -35,8 +35,8 @@ impl Edge {
             deliveries: ArrayQueue::new(OUTBOX_DELIVERIES_MAX),
             spare: ArrayQueue::new(OUTBOX_SPARE_MAX),
             waker: wake,
-            parked: false.into(),
-            closed: std::sync::atomic::AtomicBool::new(false),
+            parked: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         });
         let index = shared
             .edges

@@ -33,16 +33,15 @@ use pelton_core::{
 };
 
 use crate::{
+    bell::Bell,
+    calls::{Calls, Unsent},
     edge::Edge,
     engine::{Engine, lock},
-    inbox::Bell,
     info::{InfoReply, TaskInfo},
     routes::Routes,
     slots::Lender,
 };
 
-/// Calls that may wait for the embedding thread.
-const COMMANDS_MAX: usize = 1 << 16;
 /// Completions that may wait to be polled.
 const COMPLETIONS_MAX: usize = 1 << 16;
 /// Slots of one function: each is a thread.
@@ -179,19 +178,19 @@ type SubmitReply = Box<dyn FnOnce(Result<Accepted, Error>) + Send>;
 type AskReply = mpsc::Sender<Result<Asked, Error>>;
 
 #[derive(Debug)]
-enum Asked {
+pub(crate) enum Asked {
     Done,
     Task(Box<TaskInfo>),
     Finished,
 }
 
-enum Question {
+pub(crate) enum Question {
     Get,
     Wait,
     Stop,
 }
 
-enum Command {
+pub(crate) enum Command {
     Submit(Task, SubmitReply),
     Ask {
         tenant: String,
@@ -217,10 +216,8 @@ enum Command {
 
 /// The edge that embedding calls share.
 pub(crate) struct Embedded {
-    queue: Arc<ArrayQueue<Command>>,
+    calls: Arc<Calls>,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
-    unpark: thread::Thread,
-    stop: Arc<AtomicBool>,
     completions: Arc<ArrayQueue<Completion>>,
     bell: Arc<Bell>,
     pools: Mutex<Vec<Pool>>,
@@ -357,11 +354,10 @@ impl Engine {
             .map(|index| {
                 let workers = Arc::clone(&workers);
                 let handler = Arc::clone(&handler);
-                let queue = Arc::clone(&embedded.queue);
-                let unpark = embedded.unpark.clone();
+                let calls = Arc::clone(&embedded.calls);
                 thread::Builder::new()
                     .name(format!("{function}-{index}"))
-                    .spawn(move || workers.work(&handler, &queue, &unpark))
+                    .spawn(move || workers.work(&handler, &calls))
             })
             .collect();
         let threads = threads.map_err(|_| {
@@ -441,35 +437,27 @@ fn received(
 impl Embedded {
     fn start(engine: &Engine) -> Result<Embedded, Error> {
         let unavailable = |what| move |_: io::Error| Error::new(Code::Unavailable, what);
-        let queue = Arc::new(ArrayQueue::new(COMMANDS_MAX));
-        let stop = Arc::new(AtomicBool::new(false));
         let bell = Bell::new().map_err(unavailable("the system gives no more descriptors"))?;
-        // The edge is made here, so that its waker can name the thread, and given to the thread as it starts.
-        let (edge_sender, edge_receiver) = mpsc::channel::<Edge>();
+        // The edge and the queue are made here, so that they can name the thread, and given to it as it starts.
+        let (sender, receiver) = mpsc::channel::<(Edge, Arc<Calls>)>();
         let thread = thread::Builder::new()
             .name("pelton-embedded".to_owned())
-            .spawn({
-                let queue = Arc::clone(&queue);
-                let stop = Arc::clone(&stop);
-                move || {
-                    if let Ok(edge) = edge_receiver.recv() {
-                        Caller::new(edge, queue, stop).run();
-                    }
+            .spawn(move || {
+                if let Ok((edge, calls)) = receiver.recv() {
+                    Caller::new(edge, calls).run();
                 }
             })
             .map_err(unavailable("the system gives no more threads"))?;
-        let unpark = thread.thread().clone();
-        let waked = unpark.clone();
+        let calls = Arc::new(Calls::new(thread.thread().clone()));
+        let waked = thread.thread().clone();
         let edge = engine.attach(move || waked.unpark()).ok_or(Error::new(
             Code::ResourceExhausted,
             "the engine has no room for more edges",
         ))?;
-        let _ = edge_sender.send(edge);
+        let _ = sender.send((edge, Arc::clone(&calls)));
         Ok(Embedded {
-            queue,
+            calls,
             thread: Mutex::new(Some(thread)),
-            unpark,
-            stop,
             completions: Arc::new(ArrayQueue::new(COMPLETIONS_MAX)),
             bell: Arc::new(bell),
             pools: Mutex::default(),
@@ -477,28 +465,26 @@ impl Embedded {
     }
 
     fn send(&self, command: Command) -> Result<(), Error> {
-        if self.stop.load(Relaxed) {
-            return Err(Error::new(Code::Unavailable, CLOSED));
-        }
-        let sent = self.queue.push(command);
-        self.unpark.unpark();
-        sent.map_err(|_| Error::new(Code::ResourceExhausted, BUSY))
+        self.calls.send(command).map_err(|unsent| match unsent {
+            Unsent::Closed => Error::new(Code::Unavailable, CLOSED),
+            Unsent::Full => Error::new(Code::ResourceExhausted, BUSY),
+        })
     }
 
-    /// Ends the embedding thread and the workers once they have finished what they run.
+    /// Ends the workers once they have finished what they run, and then the embedding thread.
     pub(crate) fn close(&self) {
-        self.stop.store(true, SeqCst);
+        self.calls.refuse();
         for pool in lock(&self.pools).drain(..) {
             pool.workers.close();
             for thread in pool.threads {
                 let _ = thread.join();
             }
         }
-        self.unpark.unpark();
+        self.calls.end();
         if let Some(thread) = lock(&self.thread).take() {
             let _ = thread.join();
         }
-        while self.queue.pop().is_some() {}
+        self.calls.ended();
     }
 }
 
@@ -509,7 +495,7 @@ struct Pool {
 
 /// What waits for the threads of one function.
 #[derive(Default)]
-struct Workers {
+pub(crate) struct Workers {
     jobs: Mutex<VecDeque<(Job, Token)>>,
     more: Condvar,
     closed: AtomicBool,
@@ -527,7 +513,7 @@ impl Workers {
         self.more.notify_all();
     }
 
-    fn work(&self, handler: &Handler, queue: &ArrayQueue<Command>, unpark: &thread::Thread) {
+    fn work(&self, handler: &Handler, calls: &Calls) {
         loop {
             let (job, token) = {
                 let mut jobs = lock(&self.jobs);
@@ -547,17 +533,12 @@ impl Workers {
             let started = Instant::now();
             let result = catch_unwind(AssertUnwindSafe(|| handler(&job)))
                 .unwrap_or_else(|_| Err(JobError::Failed("the handler panicked".to_owned())));
-            let mut ended = Command::Ended {
+            calls.finish(Command::Ended {
                 request: job.request_id,
                 token,
                 run_us: u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX),
                 result,
-            };
-            while let Err(back) = queue.push(ended) {
-                ended = back;
-                thread::sleep(Duration::from_millis(1));
-            }
-            unpark.unpark();
+            });
         }
     }
 }
@@ -572,12 +553,11 @@ struct Served {
 /// What runs on the embedding thread.
 struct Caller {
     edge: Edge,
-    queue: Arc<ArrayQueue<Command>>,
-    stop: Arc<AtomicBool>,
+    calls: Arc<Calls>,
     connection: ConnectionId,
     executor: u64,
-    /// By ticket: the replies of a batch's tasks, in their order.
-    submits: HashMap<u64, Vec<Option<SubmitReply>>>,
+    /// By ticket: the batch's shard and the replies of its tasks, in their order.
+    submits: HashMap<u64, (ShardId, Vec<Option<SubmitReply>>)>,
     asks: HashMap<u64, AskReply>,
     /// Functions that are being made: what is registered once that is done.
     registering: HashMap<u64, (String, String, u32, Arc<Workers>, AskReply)>,
@@ -590,14 +570,13 @@ struct Caller {
 }
 
 impl Caller {
-    fn new(edge: Edge, queue: Arc<ArrayQueue<Command>>, stop: Arc<AtomicBool>) -> Caller {
+    fn new(edge: Edge, calls: Arc<Calls>) -> Caller {
         let mut executor = [0; 8];
         getrandom::fill(&mut executor).expect("the kernel gives random numbers");
         Caller {
             connection: ConnectionId::new(edge.id(), 0),
             edge,
-            queue,
-            stop,
+            calls,
             executor: u64::from_le_bytes(executor),
             submits: HashMap::new(),
             asks: HashMap::new(),
@@ -612,7 +591,7 @@ impl Caller {
 
     fn run(mut self) {
         loop {
-            let stopping = self.stop.load(SeqCst);
+            let ending = self.calls.is_ending();
             self.commands();
             while let Some(delivery) = self.edge.take() {
                 self.on_batch(delivery.shard, &delivery.batch);
@@ -625,22 +604,21 @@ impl Caller {
             self.rebalance();
             self.resend();
             self.edge.wake();
-            if stopping && self.queue.is_empty() && self.submits.is_empty() {
-                break;
+            if ending {
+                // A shard that is gone answers nobody: its callers learn that the engine is closing.
+                let edge = &self.edge;
+                self.submits.retain(|_, (shard, _)| !edge.is_gone(*shard));
+                if self.calls.is_empty() && self.unsent.is_empty() && self.submits.is_empty() {
+                    break;
+                }
             }
-            if self.edge.is_closing() && self.submits.is_empty() && stopping {
-                break;
-            }
-            if !self.queue.is_empty() || !self.edge.park() {
-                continue;
-            }
-            let busy = !self.unsent.is_empty() || self.lends_over_shards() || stopping;
-            if busy {
-                thread::park_timeout(Duration::from_millis(if stopping { 1 } else { 20 }));
+            let polls = !self.unsent.is_empty() || self.lends_over_shards();
+            let most = if ending {
+                Some(Duration::from_millis(1))
             } else {
-                thread::park();
-            }
-            self.edge.unpark();
+                polls.then_some(REBALANCE)
+            };
+            self.calls.rest(&self.edge, most);
         }
         for shard in self.edge.shards() {
             self.control(
@@ -679,7 +657,7 @@ impl Caller {
     fn commands(&mut self) {
         let mut submits = Vec::new();
         let mut ended: BTreeMap<ShardId, OutcomeBatch> = BTreeMap::new();
-        while let Some(command) = self.queue.pop() {
+        while let Some(command) = self.calls.take() {
             match command {
                 Command::Submit(task, reply) => {
                     submits.push((task, reply));
@@ -767,12 +745,12 @@ impl Caller {
                         done: 0,
                     };
                     batches.insert((shard, tenant), Box::new(batch));
-                    self.submits.insert(ticket, Vec::new());
+                    self.submits.insert(ticket, (shard, Vec::new()));
                     ticket
                 }
             };
             let batch = batches.get_mut(&(shard, tenant)).expect("made above");
-            let replies = self.submits.entry(ticket).or_default();
+            let (_, replies) = self.submits.get_mut(&ticket).expect("made with the batch");
             let mut tags = Vec::new();
             for tag in &task.tags {
                 tags.push(tag.len() as u8);
@@ -807,7 +785,7 @@ impl Caller {
                         "the engine takes no more at the moment: try again later",
                     )
                 };
-                let replies = self.submits.remove(&ticket).unwrap_or_default();
+                let (_, replies) = self.submits.remove(&ticket).unwrap_or((shard, Vec::new()));
                 refused.extend(replies.into_iter().flatten().map(|r| (r, error.clone())));
             }
         }
@@ -856,7 +834,7 @@ impl Caller {
     fn on_batch(&mut self, shard: ShardId, batch: &EdgeBatch) {
         for run in &batch.runs {
             let answers = &batch.answers[run.first as usize..][..run.count as usize];
-            let Some(replies) = self.submits.get_mut(&run.ticket) else {
+            let Some((_, replies)) = self.submits.get_mut(&run.ticket) else {
                 continue;
             };
             for answer in answers {
@@ -1102,5 +1080,59 @@ fn locate(
             };
             Ok((tenant, target, shard))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pelton_core::config::{Change, Directory, FunctionConfig, TenantConfig};
+
+    use std::sync::OnceLock;
+
+    use super::*;
+    use crate::{engine::Shared, inbox::ShardInbox, routes::RoutePointer};
+
+    #[test]
+    fn a_caller_whose_shard_is_gone_learns_it_when_the_engine_closes() {
+        let (tenant, name) = (TenantId(0), "acme".to_owned());
+        let mut directory = Directory::default();
+        let config = TenantConfig::default();
+        directory.apply(
+            1,
+            &Change::Tenant {
+                id: tenant,
+                name,
+                config,
+            },
+        );
+        let (id, name, config) = (FunctionId(0), "job".to_owned(), FunctionConfig::default());
+        directory.apply(
+            2,
+            &Change::Function {
+                id,
+                tenant,
+                name,
+                config,
+            },
+        );
+        let shared = Arc::new(Shared {
+            inboxes: vec![ShardInbox::new().unwrap()],
+            edges: vec![OnceLock::new()],
+            routes: RoutePointer::new(Routes::new(1, directory)),
+        });
+        let edge = Edge::attach(&shared, Box::new(|| {})).unwrap();
+        let calls = Arc::new(Calls::new(thread::current()));
+        let mut caller = Caller::new(edge, Arc::clone(&calls));
+        let (sender, receiver) = mpsc::channel();
+        let reply: SubmitReply = Box::new(move |result| sender.send(result).unwrap());
+        let call = Command::Submit(Task::new("acme", "job", ""), reply);
+        assert_eq!(calls.send(call), Ok(()));
+        caller.commands();
+        assert_eq!(caller.submits.len(), 1);
+        shared.inboxes[0].gone.store(true, Relaxed);
+        calls.refuse();
+        calls.end();
+        caller.run();
+        assert!(receiver.recv().is_err(), "its way to an answer was dropped");
     }
 }

@@ -286,8 +286,7 @@ impl Engine {
             embedded.close();
         }
         for inbox in &self.shared.inboxes {
-            inbox.stop.store(true, SeqCst);
-            inbox.wake();
+            inbox.stop();
         }
         let mut threads = lock(&self.threads);
         let ended = lock(&self.ended);

@@ -5,56 +5,28 @@
 //! away and rings if it was set. The two fences order push before look and set before look, so that one of the two
 //! sees the other: a batch is never left behind a sleeping reader.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering::*, fence},
-};
+use std::{io, sync::atomic::Ordering::*};
 
-use crossbeam::queue::ArrayQueue;
 use pelton_core::{
-    event::{Control, EdgeBatch, SubmitBatch},
+    event::{Control, EdgeBatch, Inbox, SubmitBatch},
     id::ShardId,
-    limits::{INBOX_CONTROL_MAX, INBOX_SUBMIT_BATCHES_MAX, INBOX_SUBMIT_BYTES_MAX},
+    limits::{
+        INBOX_CONTROL_MAX, INBOX_CONTROL_PER_TURN, INBOX_SUBMIT_BATCHES_MAX,
+        INBOX_SUBMIT_BYTES_MAX, INBOX_SUBMITS_PER_TURN,
+    },
 };
 
-use crate::info::Info;
-
-/// An eventfd that wakes a shard out of its log's ring.
-#[derive(Debug)]
-pub(crate) struct Bell {
-    fd: OwnedFd,
-}
-
-impl Bell {
-    pub(crate) fn new() -> io::Result<Bell> {
-        // SAFETY: the call has no memory of ours to touch.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor was just made, and nobody else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Bell { fd })
-    }
-
-    pub(crate) fn fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-
-    pub(crate) fn ring(&self) {
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: the eight bytes are there, and the descriptor is open. It fails only when the counter is full, and
-        // then the reader is being woken already.
-        unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    }
-}
+use crate::{
+    bell::Bell,
+    info::Info,
+    sync::{ArrayQueue, AtomicBool, AtomicUsize, fence},
+};
 
 /// A shard's side: what edges and other shards want of it.
 #[derive(Debug)]
 pub(crate) struct ShardInbox {
-    pub(crate) control: ArrayQueue<Control>,
-    pub(crate) submits: ArrayQueue<Box<SubmitBatch>>,
+    control: ArrayQueue<Control>,
+    submits: ArrayQueue<Box<SubmitBatch>>,
     submit_bytes: AtomicUsize,
     parked: AtomicBool,
     pub(crate) bell: Bell,
@@ -77,19 +49,39 @@ impl ShardInbox {
         })
     }
 
-    /// Takes the batch, or gives it back if the inbox is full or nobody reads it any more.
+    /// Takes the batch, or gives it back if the inbox is full or nobody reads it any more. The one that crosses the
+    /// bound of bytes is the last, whoever else hands in meanwhile: each is weighed before it is looked at.
     pub(crate) fn push_submit(&self, batch: Box<SubmitBatch>) -> Result<(), Box<SubmitBatch>> {
-        let bytes = batch.bytes.len();
-        if self.submit_bytes.load(Relaxed) > INBOX_SUBMIT_BYTES_MAX || self.is_closed() {
+        if self.is_closed() {
             return Err(batch);
         }
-        self.submit_bytes.fetch_add(bytes, Relaxed);
-        self.submits.push(batch).inspect_err(|_| {
+        let bytes = batch.bytes.len();
+        let before = self.submit_bytes.fetch_add(bytes, Relaxed);
+        let pushed = if before > INBOX_SUBMIT_BYTES_MAX {
+            Err(batch)
+        } else {
+            self.submits.push(batch)
+        };
+        pushed.inspect_err(|_| {
             self.submit_bytes.fetch_sub(bytes, Relaxed);
         })
     }
 
-    pub(crate) fn pop_submit(&self) -> Option<Box<SubmitBatch>> {
+    /// Takes what a turn has room for, control first.
+    pub(crate) fn gather(&self, turn: &mut Inbox) {
+        while turn.control.len() < INBOX_CONTROL_PER_TURN
+            && let Some(control) = self.control.pop()
+        {
+            turn.control.push_back(control);
+        }
+        while turn.submits.len() < INBOX_SUBMITS_PER_TURN
+            && let Some(batch) = self.pop_submit()
+        {
+            turn.submits.push_back(batch);
+        }
+    }
+
+    fn pop_submit(&self) -> Option<Box<SubmitBatch>> {
         let batch = self.submits.pop()?;
         self.submit_bytes.fetch_sub(batch.bytes.len(), Relaxed);
         Some(batch)
@@ -111,6 +103,17 @@ impl ShardInbox {
     /// True once the shard takes no submits any more.
     pub(crate) fn is_closed(&self) -> bool {
         self.stop.load(Relaxed) || self.gone.load(Relaxed)
+    }
+
+    /// Has the shard flush what it has and end.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, SeqCst);
+        self.wake();
+    }
+
+    /// True if the shard is to end and has read what was there when it was told to.
+    pub(crate) fn is_done(&self) -> bool {
+        self.stop.load(Acquire) && self.is_empty()
     }
 
     /// Wakes the shard if it sleeps. Called after pushing, once for any number of pushes.
@@ -161,8 +164,18 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// Wakes the edge if it sleeps. Called after pushing.
-    pub(crate) fn wake(&self) {
+    /// Hands a delivery to the edge and wakes it if it sleeps; it comes back if there is no room. What is for an edge
+    /// that is gone is dropped.
+    pub(crate) fn deliver(&self, delivery: Box<Delivery>) -> Result<(), Box<Delivery>> {
+        if self.closed.load(Relaxed) {
+            return Ok(());
+        }
+        let pushed = self.deliveries.push(delivery);
+        self.wake();
+        pushed
+    }
+
+    fn wake(&self) {
         fence(SeqCst);
         if self.parked.load(Relaxed) && self.parked.swap(false, AcqRel) {
             (self.waker)();
@@ -178,81 +191,5 @@ impl Outbox {
         }
         self.parked.store(false, Relaxed);
         false
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{sync::Arc, thread};
-
-    use pelton_core::id::{ConnectionId, TenantId};
-
-    use super::*;
-
-    fn batch(bytes: usize) -> Box<SubmitBatch> {
-        Box::new(SubmitBatch {
-            connection: ConnectionId(0),
-            ticket: 0,
-            tenant: TenantId(0),
-            notify: false,
-            with_result: false,
-            tasks: Vec::new(),
-            bytes: vec![0; bytes],
-            done: 0,
-        })
-    }
-
-    #[test]
-    fn an_inbox_refuses_beyond_its_count_and_beyond_its_bytes() {
-        let inbox = ShardInbox::new().unwrap();
-        for _ in 0..INBOX_SUBMIT_BATCHES_MAX {
-            inbox.push_submit(batch(1)).unwrap();
-        }
-        assert!(inbox.push_submit(batch(1)).is_err());
-        while inbox.pop_submit().is_some() {}
-        let mut taken = 0;
-        while inbox.push_submit(batch(8 << 20)).is_ok() {
-            taken += 1;
-        }
-        assert_eq!(taken, 9, "the one that crosses the bound is the last");
-        while inbox.pop_submit().is_some() {}
-        inbox.push_submit(batch(1)).unwrap();
-    }
-
-    #[test]
-    fn a_sleeping_reader_is_rung_for_every_batch_that_it_has_not_seen() {
-        let inbox = Arc::new(ShardInbox::new().unwrap());
-        let sender = Arc::clone(&inbox);
-        const BATCHES: usize = 50_000;
-        let thread = thread::spawn(move || {
-            for _ in 0..BATCHES {
-                while sender.push_submit(batch(0)).is_err() {
-                    thread::yield_now();
-                }
-                sender.wake();
-            }
-        });
-        let mut seen = 0;
-        while seen < BATCHES {
-            if inbox.pop_submit().is_some() {
-                seen += 1;
-                continue;
-            }
-            if inbox.park() {
-                let mut poll = libc::pollfd {
-                    fd: inbox.bell.fd(),
-                    events: libc::POLLIN,
-                    revents: 0,
-                };
-                // SAFETY: one pollfd is there.
-                let ready = unsafe { libc::poll(&mut poll, 1, 5_000) };
-                assert_eq!(ready, 1, "a batch was left behind a sleeping reader");
-                let mut count = [0u8; 8];
-                // SAFETY: the eight bytes are there.
-                unsafe { libc::read(inbox.bell.fd(), count.as_mut_ptr().cast(), 8) };
-                inbox.unpark();
-            }
-        }
-        thread.join().unwrap();
     }
 }

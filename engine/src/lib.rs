@@ -2,17 +2,24 @@
 //! programs that embed it. No async runtime is asked of the caller; no global subscriber, allocator or signal handler
 //! is installed; nothing calls `exit`.
 //!
-//! Reading order: `engine` opens and closes; `inbox` is what lies between the threads; `routes` where a task goes;
-//! `linger` how a thread waits; `shard_loop` the loop of a shard; `edge` the handle of whoever talks to the world; `info` and `stats` what queries
-//! bring; `embedded` the API for embedding.
+//! Reading order: `engine` opens and closes; `inbox` is what lies between the threads, on `sync` and `bell`; `routes`
+//! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `shard_loop` the loop of a shard; `edge`
+//! the handle of whoever talks to the world; `info` and `stats` what queries bring; `embedded` the API for embedding,
+//! and `calls` how its calls reach its thread.
 
 pub mod engine;
+
+mod sync;
+
+mod bell;
 
 pub mod inbox;
 
 pub mod routes;
 
 pub mod linger;
+
+mod sleep;
 
 mod shard_loop;
 
@@ -24,7 +31,12 @@ pub mod info;
 
 pub mod stats;
 
+mod calls;
+
 pub mod embedded;
 
 pub use edge::Edge;
 pub use engine::{Closed, Engine, OpenError, Options};
+
+#[cfg(test)]
+mod tests;

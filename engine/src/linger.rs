@@ -5,10 +5,9 @@
 //! to sleep, and halves when it did not, as the kernel's halt polling does. Without work it is nothing.
 //! `docs/decisions/0005-lingering.md` has what was measured.
 
-use std::{
-    io,
-    time::{Duration, Instant},
-};
+use std::{io, time::Duration};
+
+use crate::sync::{Instant, yield_now};
 
 /// What the time begins with when it grows.
 const LEAST: Duration = Duration::from_micros(25);
@@ -47,7 +46,7 @@ impl Linger {
 
     /// Lets other threads of this core have it.
     pub fn yield_core() {
-        std::thread::yield_now();
+        yield_now();
     }
 }
 

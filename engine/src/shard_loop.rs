@@ -14,7 +14,6 @@ use pelton_core::{
     clock::{LoggedClock, Now},
     event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
     id::{ConnectionId, EdgeId, RequestId, ShardId},
-    limits::{INBOX_CONTROL_PER_TURN, INBOX_SUBMITS_PER_TURN},
     shard::{Options as CoreOptions, Shard},
     snapshot::Cursor,
 };
@@ -26,9 +25,10 @@ use pelton_storage::{
 
 use crate::{
     engine::{OpenError, Shared},
-    inbox::{Delivery, Outbox, ShardInbox},
+    inbox::{Delivery, ShardInbox},
     info::{Info, InfoReply, TaskInfo},
     linger::{Linger, take_short_turns},
+    sleep::sleep,
     stats::{Recovery, ShardStats, Stage},
 };
 
@@ -47,8 +47,6 @@ const ALONE_RECORDS_MAX: u32 = 64;
 const SPACE_EVERY_NS: u64 = 1_000_000_000;
 /// What an outcome is taken to have; of a longer one the log reads the rest by itself.
 const OUTCOME_BYTES_LIKELY: usize = 4096;
-/// The longest sleep, so that the wall clock is followed.
-const SLEEP_MAX: Duration = Duration::from_secs(10);
 
 /// What a shard is made with.
 pub(crate) struct Setup {
@@ -196,7 +194,7 @@ impl ShardLoop {
             }
             let now = self.now();
             let worked = self.turn(now, inbox);
-            if inbox.stop.load(Relaxed) && !worked && self.is_drained() {
+            if !worked && inbox.is_done() && self.is_drained() {
                 break;
             }
             if !worked {
@@ -211,7 +209,7 @@ impl ShardLoop {
 
     /// One turn; true if another one should follow at once.
     fn turn(&mut self, now: Now, inbox: &ShardInbox) -> bool {
-        self.gather(inbox);
+        inbox.gather(&mut self.inbox);
         self.hear_log(now);
         self.log.tick(now.mono_ns);
         if now.mono_ns >= self.space_seen_ns + SPACE_EVERY_NS {
@@ -261,19 +259,6 @@ impl ShardLoop {
     /// Something was gathered that the batch had no room for.
     fn has_backlog(&self) -> bool {
         !self.inbox.submits.is_empty() || !self.inbox.control.is_empty()
-    }
-
-    fn gather(&mut self, inbox: &ShardInbox) {
-        while self.inbox.control.len() < INBOX_CONTROL_PER_TURN
-            && let Some(control) = inbox.control.pop()
-        {
-            self.inbox.control.push_back(control);
-        }
-        while self.inbox.submits.len() < INBOX_SUBMITS_PER_TURN
-            && let Some(batch) = inbox.pop_submit()
-        {
-            self.inbox.submits.push_back(batch);
-        }
     }
 
     fn hear_log(&mut self, now: Now) {
@@ -441,15 +426,9 @@ impl ShardLoop {
             let Some(delivery) = slot.take() else {
                 continue;
             };
-            let outbox: Option<&Arc<Outbox>> =
-                self.shared.edges.get(index).and_then(|edge| edge.get());
-            let Some(outbox) = outbox.filter(|outbox| !outbox.closed.load(Relaxed)) else {
-                continue;
-            };
-            if let Err(delivery) = outbox.deliveries.push(delivery) {
-                *slot = Some(delivery);
+            if let Some(outbox) = self.shared.edges.get(index).and_then(OnceLock::get) {
+                *slot = outbox.deliver(delivery).err();
             }
-            outbox.wake();
         }
     }
 
@@ -542,10 +521,6 @@ impl ShardLoop {
 
     /// Sleeps until something comes in, a commit ends, or the next timer is due.
     fn sleep(&mut self, now: Now, inbox: &ShardInbox) {
-        // An operation may have ended while another was being taken.
-        if self.log.device().has_completed() {
-            return;
-        }
         let soon = self.soon_since_ns.map(|since| since + SOON_NS);
         let wakes = [
             self.shard.next_wake_ns(),
@@ -557,28 +532,9 @@ impl ShardLoop {
         let wake = wake.map(|wake| self.started + Duration::from_nanos(wake));
         // With a backlog the shard waits for its flush alone: whatever else comes in would not be taken before that.
         let hears = !self.has_backlog();
-        let worked = Instant::now();
-        while self.linger.goes_on(worked) {
-            self.log.device().reap();
-            if self.log.device().has_completed()
-                || hears && (!inbox.is_empty() || inbox.stop.load(Relaxed))
-                || wake.is_some_and(|wake| wake <= Instant::now())
-            {
-                return;
-            }
-            Linger::yield_core();
+        if sleep(self.log.device(), &mut self.linger, inbox, hears, wake) {
+            self.stats.parks += 1;
         }
-        if hears && !inbox.park() {
-            return;
-        }
-        let slept = Instant::now();
-        let timeout = wake.map_or(SLEEP_MAX, |wake| {
-            wake.saturating_duration_since(slept).min(SLEEP_MAX)
-        });
-        self.stats.parks += 1;
-        self.log.device().wait(timeout);
-        inbox.unpark();
-        self.linger.slept(slept.elapsed());
     }
 
     fn has_undelivered(&self) -> bool {

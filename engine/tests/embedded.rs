@@ -7,7 +7,9 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering::*},
+        mpsc,
     },
+    thread,
     time::Duration,
 };
 
@@ -115,7 +117,7 @@ fn tasks_wait_on_disk_until_somebody_runs_their_function() {
     let recovered: u64 = engine.reports().iter().map(|report| report.records).sum();
     assert!(recovered >= 5_000);
     let seen = Arc::new(Mutex::new(HashSet::new()));
-    let (done, all_done) = std::sync::mpsc::channel();
+    let (done, all_done) = mpsc::channel();
     let count = Arc::clone(&seen);
     engine
         .function("acme", "later", 8, move |job| {
@@ -193,7 +195,7 @@ fn answers_come_by_callback_and_by_polling_an_eventfd() {
     let folder = folder();
     let engine = Engine::open_with(folder.path(), options(1)).unwrap();
     make_function(&engine, "f", FunctionConfig::default());
-    let (sender, receiver) = std::sync::mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     engine
         .submit_then(Task::new("acme", "f", "x"), move |result| {
             sender.send(result.is_ok()).unwrap();
@@ -232,7 +234,7 @@ fn a_running_task_is_stopped_and_bad_input_is_refused_with_its_reason() {
     engine
         .function("acme", "long", 1, |job| {
             while !job.cancelled.load(Relaxed) {
-                std::thread::sleep(Duration::from_millis(1));
+                thread::sleep(Duration::from_millis(1));
             }
             Err(JobError::Stopped)
         })
@@ -243,7 +245,7 @@ fn a_running_task_is_stopped_and_bad_input_is_refused_with_its_reason() {
         .request_id
         .to_string();
     while engine.get("acme", &id).unwrap().view.state != State::Running {
-        std::thread::yield_now();
+        thread::yield_now();
     }
     engine.stop("acme", &id).unwrap();
     let task = engine.wait("acme", &id, 10 * SECOND).unwrap();
@@ -268,6 +270,44 @@ fn a_running_task_is_stopped_and_bad_input_is_refused_with_its_reason() {
 }
 
 #[test]
+fn what_ends_while_the_engine_closes_is_recorded() {
+    let folder = folder();
+    // With two shards the embedding thread wakes by itself every now and then.
+    let engine = Engine::open_with(folder.path(), options(2)).unwrap();
+    let (started, begun) = mpsc::channel();
+    let (goes_on, end) = mpsc::channel();
+    let end = Mutex::new(end);
+    engine
+        .function("acme", "slow", 1, move |_| {
+            started.send(()).unwrap();
+            end.lock().unwrap().recv().unwrap();
+            Ok(b"done".to_vec())
+        })
+        .unwrap();
+    engine
+        .submit(Task::new("acme", "slow", "").named("one"))
+        .unwrap();
+    begun.recv().unwrap();
+    thread::scope(|scope| {
+        let closing = scope.spawn(|| engine.close(10 * SECOND));
+        let late = Task::new("acme", "slow", "");
+        while engine.submit(late.clone()).is_ok() {}
+        // Time for a thread that would not wait for its workers.
+        thread::sleep(SECOND / 5);
+        goes_on.send(()).unwrap();
+        assert!(closing.join().unwrap().complete);
+    });
+    drop(engine);
+
+    let engine = Engine::open_with(folder.path(), options(2)).unwrap();
+    let task = engine.get("acme", "slow/one").unwrap();
+    assert_eq!(
+        (task.view.state, task.result.as_slice()),
+        (State::Succeeded, &b"done"[..])
+    );
+}
+
+#[test]
 fn two_engines_live_in_one_process_and_a_directory_is_open_once() {
     let folder = folder();
     let one = Engine::open_with(folder.path().join("one"), options(1)).unwrap();
@@ -285,7 +325,7 @@ fn an_engine_with_more_shards_than_cores_takes_from_many_threads() {
     let folder = folder();
     let engine = Engine::open_with(folder.path(), options(8)).unwrap();
     engine.function("acme", "f", 3, |_| Ok(Vec::new())).unwrap();
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for thread in 0..8 {
             let engine = &engine;
             scope.spawn(move || {
