@@ -7,9 +7,9 @@ use super::{Violation, tree::Tree};
 pub const RULE: &str = "paths";
 
 /// Folders of the root by name, so that a path into one that is gone is still taken for a path.
-const FOLDERS: [&str; 17] = [
+const FOLDERS: [&str; 18] = [
     "core", "storage", "engine", "net", "server", "gateway", "connect", "client", "ffi", "sim",
-    "tests", "bench", "xtask", "docs", "fuzz", "examples", ".ci",
+    "tests", "bench", "xtask", "docs", "fuzz", "model", "examples", ".ci",
 ];
 
 pub fn check(tree: &Tree) -> Vec<Violation> {

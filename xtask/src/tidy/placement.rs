@@ -12,7 +12,7 @@ struct Home {
     optional: &'static [&'static str],
 }
 
-const HOMES: [Home; 9] = [
+const HOMES: [Home; 10] = [
     home("glommio", &["pelton-engine"], &["pelton-storage"]),
     home("io-uring", &[], &["pelton-storage"]),
     home("crossbeam", &["pelton-engine"], &[]),
@@ -20,6 +20,7 @@ const HOMES: [Home; 9] = [
     home("quinn-proto", &["pelton-net", "pelton-client"], &[]),
     home("rkyv", &["pelton-core", "pelton-storage"], &[]),
     home("libfuzzer-sys", &[], &["pelton-fuzz"]),
+    home("loom", &["pelton-model"], &[]),
     home("axum", &["pelton-gateway"], &[]),
     home(
         "hdrhistogram",
