@@ -5,6 +5,7 @@ mod cargo;
 mod chaos;
 mod ci;
 mod fuzz;
+mod memcheck;
 mod planted;
 mod sim;
 mod test;
@@ -38,6 +39,8 @@ enum Command {
     Chaos(chaos::Args),
     /// Look for inputs that break what reads them: frames, records, a damaged log, settings, ids
     Fuzz(fuzz::Args),
+    /// Run the tests of what is unsafe under AddressSanitizer, once it has reported what is planted for it
+    Memcheck,
     /// Wake each planted bug and see which invariant falls
     Planted(planted::Args),
     /// Run `pelton bench` in release; everything behind `bench` is handed on
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Sim(args) => sim::run(&args),
         Command::Chaos(args) => chaos::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Memcheck => memcheck::run(),
         Command::Planted(args) => planted::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
