@@ -19,6 +19,9 @@ use crate::{
     report::{environment, print, round, write_distribution},
 };
 
+/// A snapshot of many tasks takes seconds: its pace is bounded.
+const SNAPSHOT_MAX: Duration = Duration::from_secs(120);
+
 /// Runs a scenario and prints its report; false if a count does not hold.
 pub async fn run(args: BenchArgs) -> Result<bool, String> {
     let scenario = args.scenario;
@@ -432,6 +435,7 @@ async fn recovery(flags: &Flags, folder: &Folder) -> Result<(Value, bool), Strin
     let counted = closed(load, || {}, || {})
         .await
         .map_err(|error| format!("a client failed: {error}"))?;
+    snapshots_written(&server.options).await?;
     server.kill();
     let server = Server::start(&data, flags.shards)?;
     let from_snapshot = server.ready;
@@ -483,6 +487,24 @@ fn recovery_sum(figures: &Value, figure: &str) -> u64 {
     shards
         .map(|shard| shard["recovery"][figure].as_u64().unwrap_or(0))
         .sum()
+}
+
+/// Waits until every shard that is going to write a snapshot has.
+async fn snapshots_written(options: &ClientOptions) -> Result<(), String> {
+    let until = Instant::now() + SNAPSHOT_MAX;
+    while Instant::now() < until {
+        let figures = stats(options).await?;
+        let mut logs = figures["shards"].as_array().into_iter().flatten();
+        let written = |shard: &Value| {
+            let log = |figure: &str| shard["log"][figure].as_u64().unwrap_or(0);
+            log("snapshots") > 0 || log("live_segments") <= 1
+        };
+        if logs.all(written) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Err("no snapshot is written".into())
 }
 
 /// A start without snapshots reads the whole log.

@@ -14,11 +14,12 @@ use crate::{
     id::{FunctionId, Lsn, RequestId},
     limits::{
         BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_EVERY_NS, CLEAN_SEGMENTS_MIN, CLEAN_WAITS_NS,
+        RECORD_BYTES_LARGE,
     },
     planted::{Bug, planted},
     record::{
-        ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, BatchSpace, Record, RelocatedNameRecordV1,
-        RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema, read_whole, record_bytes,
+        ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, BatchSpace, Placed, Record,
+        RelocatedNameRecordV1, RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema, read_whole,
     },
     shard::{Fact, Name, Shard},
     state::State,
@@ -208,10 +209,6 @@ impl Shard {
             + record.traceparent.len()
             + record.tags.len()
             + record.payload.len();
-        if !self.has_room(variable, space) || space.len >= BATCH_BYTES_SEAL {
-            self.note(Urgency::Soon);
-            return Looked::Full;
-        }
         let token = task.token();
         let state = self.logged_state(&task);
         let due_ms = match (state, task.state()) {
@@ -242,9 +239,10 @@ impl Shard {
             retries: task.retries(),
             holds_key: u8::from(holds_key),
         };
-        let placed = space.append(Schema::RelocatedTask, &relocated);
-        self.large_in_batch |= placed.bytes as usize > crate::limits::RECORD_BYTES_LARGE;
-        self.note_relocated(placed.bytes);
+        let append = |space: &mut BatchSpace<'_>| space.append(Schema::RelocatedTask, &relocated);
+        let Some(placed) = self.append_moved(variable, space, append) else {
+            return Looked::Full;
+        };
         self.open.facts.push(Fact::Relocated {
             request,
             from: position,
@@ -270,17 +268,15 @@ impl Shard {
             return Looked::Done;
         }
         let variable = record.error.len() + record.output.len() + record.result.len();
-        if !self.has_room(variable, space) || space.len >= BATCH_BYTES_SEAL {
-            self.note(Urgency::Soon);
-            return Looked::Full;
-        }
         let relocated = RelocatedOutcomeRecordV1 {
             outcome: record.to_record(),
             from: position.0,
         };
-        let placed = space.append(Schema::RelocatedOutcome, &relocated);
-        self.large_in_batch |= placed.bytes as usize > crate::limits::RECORD_BYTES_LARGE;
-        self.note_relocated(placed.bytes);
+        let append =
+            |space: &mut BatchSpace<'_>| space.append(Schema::RelocatedOutcome, &relocated);
+        let Some(placed) = self.append_moved(variable, space, append) else {
+            return Looked::Full;
+        };
         self.open.facts.push(Fact::OutcomeRelocated {
             request,
             from: position,
@@ -314,10 +310,6 @@ impl Shard {
             return Looked::Done;
         };
         let payload_hash = known.payload_hash;
-        if space.room() < record_bytes(key.len() + task_id.len()) || space.len >= BATCH_BYTES_SEAL {
-            self.note(Urgency::Soon);
-            return Looked::Full;
-        }
         let record = RelocatedNameRecordV1 {
             request: request.0,
             payload_hash,
@@ -325,8 +317,10 @@ impl Shard {
             key,
             task_id,
         };
-        let placed = space.append(Schema::RelocatedName, &record);
-        self.note_relocated(placed.bytes);
+        let append = |space: &mut BatchSpace<'_>| space.append(Schema::RelocatedName, &record);
+        let Some(placed) = self.append_moved(key.len() + task_id.len(), space, append) else {
+            return Looked::Full;
+        };
         self.open.facts.push(Fact::NameRelocated {
             request,
             name: hash,
@@ -335,9 +329,22 @@ impl Shard {
         Looked::Done
     }
 
-    fn note_relocated(&mut self, bytes: u32) {
+    /// Appends a moved record with this much variable data, if there is room for it now.
+    fn append_moved(
+        &mut self,
+        variable: usize,
+        space: &mut BatchSpace<'_>,
+        append: impl FnOnce(&mut BatchSpace<'_>) -> Placed,
+    ) -> Option<Placed> {
+        if !self.has_room(variable, space) || space.len >= BATCH_BYTES_SEAL {
+            self.note(Urgency::Soon);
+            return None;
+        }
+        let placed = append(space);
+        self.large_in_batch |= placed.bytes as usize > RECORD_BYTES_LARGE;
         self.counters.relocated += 1;
-        self.counters.relocated_bytes += u64::from(bytes);
+        self.counters.relocated_bytes += u64::from(placed.bytes);
+        Some(placed)
     }
 
     /// The state of a task as the log knows it, which does not know what only memory does.
