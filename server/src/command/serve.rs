@@ -96,7 +96,6 @@ fn serve(config: &Config) -> Result<(), String> {
         finished_max: config.finished_max.value,
         finished_bytes_max: config.finished_bytes_max.value,
         lease: Duration::from_millis(config.lease_ms.value),
-        ..Options::default()
     };
     let mut signals = Signals::catch().map_err(|error| error.to_string())?;
     let engine = Engine::open_with(data, options).map_err(|error| error.to_string())?;
