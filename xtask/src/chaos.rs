@@ -12,13 +12,23 @@ use crate::cargo;
 /// some of them. One that only does not wait for the flush would lose nothing, since a killed process takes no write back.
 const PLANTED: &str = r#"--cfg pelton_planted="ack_before_device""#;
 /// Cycles within which a loss must have been noticed.
-const CONTROL_CYCLES: u64 = 20;
+pub const CONTROL_CYCLES: u64 = 20;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Kill the server N times under load; starts are killed beside that
+    #[command(flatten)]
+    pace: Pace,
+    /// Run 20 cycles of a server that acknowledges too early, and fail if no loss is noticed
+    #[arg(long, conflicts_with = "cycles")]
+    control: bool,
+}
+
+/// What every kind of cycle is told.
+#[derive(clap::Args)]
+pub struct Pace {
+    /// Kill the server or cut its power N times under load; starts are killed or cut beside that
     #[arg(long, value_name = "N", default_value_t = 20)]
-    cycles: u64,
+    pub cycles: u64,
     /// What decides about submissions, moments and kills [default: the time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -31,9 +41,27 @@ pub struct Args {
     /// Print the result as one JSON object
     #[arg(long)]
     json: bool,
-    /// Run 20 cycles of a server that acknowledges too early, and fail if no loss is noticed
-    #[arg(long, conflicts_with = "cycles")]
-    control: bool,
+}
+
+impl Pace {
+    /// Hands on everything but the cycles.
+    pub fn tell(&self, command: &mut Command) {
+        for (flag, value) in [
+            ("--seed", self.seed.map(|seed| seed.to_string())),
+            ("--rate", self.rate.map(|rate| rate.to_string())),
+            (
+                "--seconds-per-cycle",
+                self.seconds_per_cycle.map(|seconds| seconds.to_string()),
+            ),
+        ] {
+            if let Some(value) = value {
+                command.args([flag, &value]);
+            }
+        }
+        if self.json {
+            command.arg("--json");
+        }
+    }
 }
 
 pub fn run(args: &Args) -> io::Result<ExitCode> {
@@ -42,31 +70,16 @@ pub fn run(args: &Args) -> io::Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     let mut program = cargo::target(&root).join("release/pelton");
-    let mut cycles = args.cycles;
+    let mut cycles = args.pace.cycles;
     if args.control {
-        let target = cargo::target(&root).join("planted-device");
-        if !planted_server(&root, &target).status()?.success() {
+        let Some(planted) = planted_server(&root)? else {
             return Ok(ExitCode::FAILURE);
-        }
-        program = target.join("release/pelton");
+        };
+        program = planted;
         cycles = CONTROL_CYCLES;
     }
     let mut command = kill_loop(&root, &program, cycles);
-    for (flag, value) in [
-        ("--seed", args.seed.map(|seed| seed.to_string())),
-        ("--rate", args.rate.map(|rate| rate.to_string())),
-        (
-            "--seconds-per-cycle",
-            args.seconds_per_cycle.map(|seconds| seconds.to_string()),
-        ),
-    ] {
-        if let Some(value) = value {
-            command.args([flag, &value]);
-        }
-    }
-    if args.json {
-        command.arg("--json");
-    }
+    args.pace.tell(&mut command);
     if args.control {
         command.arg("--expect-loss");
     }
@@ -98,13 +111,16 @@ pub fn kill_loop(root: &Path, program: &PathBuf, cycles: u64) -> Command {
     command
 }
 
-/// In a folder of its own: other flags would have cargo build everything again, and again when they are gone.
-fn planted_server(root: &Path, target: &Path) -> Command {
+/// Builds a server that acknowledges too early, in a folder of its own: other flags would have cargo build everything
+/// again, and again when they are gone. `None` if that fails.
+pub fn planted_server(root: &Path) -> io::Result<Option<PathBuf>> {
+    let target = cargo::target(root).join("planted-device");
     let what = ["build", "--release", "--locked", "--workspace", "--quiet"];
     let mut command = cargo::cargo(root, &what);
     command.args(["--bin", "pelton"]);
     let flags = env::var("RUSTFLAGS").unwrap_or_default();
     command.env("RUSTFLAGS", format!("{flags} {PLANTED}").trim_start());
-    command.env("CARGO_TARGET_DIR", target);
-    command
+    command.env("CARGO_TARGET_DIR", &target);
+    let built = command.status()?.success();
+    Ok(built.then(|| target.join("release/pelton")))
 }

@@ -7,6 +7,7 @@ mod ci;
 mod fuzz;
 mod memcheck;
 mod planted;
+mod power_cut;
 mod sim;
 mod test;
 mod tidy;
@@ -22,7 +23,7 @@ enum Command {
     /// Install what the tests need, run them all, and end in one verdict line
     ///
     /// The stages are formatting, tidy, clippy, every test of the workspace, the simulation, the planted bugs that the
-    /// simulation must find, and the kill loop. A failing stage shows its output and does not keep the next ones from running.
+    /// simulation must find, the kill loop, and power cuts. A failing stage shows its output and does not keep the next ones from running.
     Test,
     /// Run exactly what continuous integration runs: the script .ci/run
     Ci,
@@ -37,6 +38,11 @@ enum Command {
     Sim(sim::Args),
     /// Kill the server again and again under load, and judge what is left
     Chaos(chaos::Args),
+    /// Cut the power of the server's disk again and again under load, and judge what is left
+    ///
+    /// The disk is a file served over FUSE. It holds writes back until they are flushed; a cut drops, keeps or tears each
+    /// of them. Needs root, FUSE and a loop device; without them it says `skipped: why`.
+    PowerCut(power_cut::Args),
     /// Look for inputs that break what reads them: frames, records, a damaged log, settings, ids
     Fuzz(fuzz::Args),
     /// Run the tests of what is unsafe under AddressSanitizer, once it has reported what is planted for it
@@ -54,6 +60,7 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::run(),
         Command::Sim(args) => sim::run(&args),
         Command::Chaos(args) => chaos::run(&args),
+        Command::PowerCut(args) => power_cut::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Memcheck => memcheck::run(),
         Command::Planted(args) => planted::run(&args),

@@ -13,7 +13,7 @@ use std::{
     process::{Command, ExitCode, Stdio},
 };
 
-use crate::{cargo, chaos, planted, tidy};
+use crate::{cargo, chaos, planted, power_cut, tidy};
 use progress::Progress;
 use tally::Tally;
 
@@ -34,6 +34,8 @@ const PLANTED: [&str; 3] = [
 /// The kill loop's binary, and how often it kills a server here.
 const KILL_LOOP: &str = "tests/src/bin/pelton-chaos.rs";
 const KILLS: u64 = 20;
+/// How often its disk loses power here.
+const CUTS: u64 = 5;
 
 /// What a stage did. A stage that is no test counts as one.
 struct Outcome {
@@ -103,6 +105,15 @@ pub fn run() -> io::Result<ExitCode> {
             }
             let program = cargo::target(&root).join("release/pelton");
             alone(chaos::kill_loop(&root, &program, KILLS), progress)
+        });
+        verdict.stage("power", "5 power cuts lose nothing", |progress| {
+            power_cut::install();
+            let program = cargo::target(&root).join("release/pelton");
+            let outcome = alone(power_cut::cuts(&root, &program, CUTS), progress)?;
+            if let Some(why) = skipped(&outcome.output) {
+                progress.remark(why);
+            }
+            Ok(outcome)
         });
     }
 
@@ -179,6 +190,11 @@ fn install(root: &Path, python: &Path, progress: &mut Progress) -> io::Result<Ou
 fn tidy(root: &Path) -> io::Result<Outcome> {
     let report = tidy::check(root)?;
     Ok(Outcome::one(report.is_clean(), report.to_string()))
+}
+
+/// The line of a stage that this machine has no means for.
+fn skipped(output: &str) -> Option<&str> {
+    output.lines().find(|line| line.starts_with("skipped: "))
 }
 
 fn tests(command: Command, progress: &mut Progress) -> io::Result<Outcome> {

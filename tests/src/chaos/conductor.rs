@@ -20,6 +20,7 @@ use super::{
     host::{Reached, Server, Watcher},
     judge::{Invariant, Judge, Verdict},
     plan::{Dice, FUNCTIONS, TENANTS},
+    power::{Cut, Cuts, Power, Writes},
 };
 
 const CALLERS: u16 = 3;
@@ -69,8 +70,9 @@ pub struct RunArgs {
     folder: PathBuf,
 }
 
-/// Runs all cycles and prints what they came to; true if that is what was expected.
-pub fn run(args: &RunArgs) -> Result<bool, String> {
+/// Runs all cycles and prints what they came to; true if that is what was expected. With `cuts` the power is cut where the
+/// server is killed otherwise, and `Some(true)` has the disk lie about flushes.
+pub fn run(args: &RunArgs, cuts: Option<Cuts>) -> Result<bool, String> {
     if !(args.seconds_per_cycle.is_finite() && (0.0..=600.0).contains(&args.seconds_per_cycle)) {
         return Err("--seconds-per-cycle is a number from 0 to 600".into());
     }
@@ -78,14 +80,24 @@ pub fn run(args: &RunArgs) -> Result<bool, String> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(0, |now| now.as_secs())
     });
-    let folder = args
-        .folder
-        .join(format!("seed-{seed}-{}", std::process::id()));
-    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    // A run that was killed leaves its folder, and process numbers repeat.
+    let folder = fs::create_dir_all(&args.folder)
+        .and_then(|()| {
+            let prefix = format!("seed-{seed}-");
+            tempfile::Builder::new()
+                .prefix(&prefix)
+                .tempdir_in(&args.folder)
+        })
+        .map_err(|error| format!("{}: {error}", args.folder.display()))?
+        .keep();
     let began = Instant::now();
-    let mut run = Run::start(args, seed, &folder)?;
+    let mut run = Run::start(args, cuts, seed, &folder)?;
     let broken = run.cycles().and_then(|()| run.rest()).err();
+    if let (Some(power), Some(_), false) = (&run.power, &broken, args.expect_loss) {
+        power.keep(&folder);
+    }
     let (cycles, max_start) = (run.cycle, run.max_start);
+    let writes = run.power.as_ref().map(|power| power.writes);
     // Whoever is still there after a failure is killed, so that their files do not grow any more.
     drop(run);
     let mut verdict = judge(&folder, broken.is_none())?;
@@ -98,6 +110,7 @@ pub fn run(args: &RunArgs) -> Result<bool, String> {
         cycles,
         max_start,
         took: began.elapsed(),
+        writes,
         verdict,
     };
     let lost = report.verdict.violations.count(Invariant::NothingIsLost);
@@ -114,8 +127,9 @@ pub fn run(args: &RunArgs) -> Result<bool, String> {
         fs::remove_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     } else {
         eprintln!("kept for inspection: {}", folder.display());
+        let chore = if cuts.is_some() { "power-cut" } else { "chaos" };
         eprintln!(
-            "to repeat: cargo xtask chaos --cycles {} --seed {seed} --seconds-per-cycle {} --rate {}",
+            "to repeat: cargo xtask {chore} --cycles {} --seed {seed} --seconds-per-cycle {} --rate {}",
             args.cycles, args.seconds_per_cycle, args.rate
         );
     }
@@ -159,6 +173,8 @@ struct Run<'a> {
     history: History,
     /// `None` only between a kill and the next start.
     server: Option<Server>,
+    /// What its directory lies on, if that loses power.
+    power: Option<Power>,
     reached: Reached,
     /// Starts of the server.
     starts: u64,
@@ -174,12 +190,22 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn start(args: &'a RunArgs, seed: u64, folder: &'a Path) -> Result<Run<'a>, String> {
+    fn start(
+        args: &'a RunArgs,
+        cuts: Option<Cuts>,
+        seed: u64,
+        folder: &'a Path,
+    ) -> Result<Run<'a>, String> {
         let history = History::create(&folder.join("conductor.history"));
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut server = Server::spawn(&args.program, folder, SHARDS, any, 0)?;
+        let mut power = cuts.map(|_| Power::on(folder, seed)).transpose()?;
+        let data = data(folder, power.as_ref());
+        let mut server = Server::spawn(&args.program, folder, data, SHARDS, any, 0)?;
         let (reached, took) = server.ready()?;
         configure(&reached)?;
+        if let (Some(power), Some(Cuts { lying_flush: true })) = (&mut power, cuts) {
+            power.lie()?;
+        }
         let mut run = Run {
             args,
             seed,
@@ -187,6 +213,7 @@ impl<'a> Run<'a> {
             dice: Dice::of(&[seed, 5]),
             history: history.map_err(|error| error.to_string())?,
             server: Some(server),
+            power,
             reached,
             starts: 1,
             last_start: took,
@@ -329,7 +356,17 @@ impl<'a> Run<'a> {
 
     fn kill(&mut self) -> Result<(), Broken> {
         let server = self.server.take().expect("it is up during a cycle");
-        let phase = server.kill().map_err(Broken::Server)?;
+        self.end(server)
+    }
+
+    fn end(&mut self, server: Server) -> Result<(), Broken> {
+        let phase = match &mut self.power {
+            Some(power) => power.cut(server).map_err(|cut| match cut {
+                Cut::Server(what) => Broken::Server(what),
+                Cut::Run(what) => Broken::Run(what),
+            })?,
+            None => server.kill().map_err(Broken::Server)?.phase(),
+        };
         self.note(&Event::ServerKilled { phase })
     }
 
@@ -342,8 +379,8 @@ impl<'a> Run<'a> {
     fn spawn(&mut self) -> Result<Server, Broken> {
         let (program, number) = (&self.args.program, self.starts);
         self.starts += 1;
-        let listen = self.reached.address;
-        Server::spawn(program, self.folder, SHARDS, listen, number).map_err(Broken::Server)
+        let (data, listen) = (data(self.folder, self.power.as_ref()), self.reached.address);
+        Server::spawn(program, self.folder, data, SHARDS, listen, number).map_err(Broken::Server)
     }
 
     /// Starts the server and kills it before it is likely to listen.
@@ -352,8 +389,7 @@ impl<'a> Run<'a> {
         let moment = Duration::from_micros(self.dice.below(within.max(1)));
         let server = self.spawn()?;
         std::thread::sleep(moment);
-        let phase = server.kill().map_err(Broken::Server)?;
-        self.note(&Event::ServerKilled { phase })
+        self.end(server)
     }
 
     fn start_again(&mut self) -> Result<(), Broken> {
@@ -403,6 +439,11 @@ impl<'a> Run<'a> {
         self.bar.finish_and_clear();
         Ok(())
     }
+}
+
+/// Where a server has its data.
+fn data(folder: &Path, power: Option<&Power>) -> PathBuf {
+    power.map_or_else(|| folder.join("data"), Power::data)
 }
 
 fn bar(cycles: u64) -> ProgressBar {
@@ -535,6 +576,8 @@ struct Report {
     cycles: u64,
     max_start: Duration,
     took: Duration,
+    /// Of a run with power cuts.
+    writes: Option<Writes>,
     verdict: Verdict,
 }
 
@@ -547,8 +590,21 @@ impl Report {
             ("cycles".to_owned(), self.cycles),
         ];
         // A phase that this binary was never met in has no row.
+        let what = if self.writes.is_some() {
+            "cuts"
+        } else {
+            "kills"
+        };
         for (phase, &count) in &verdict.kills {
-            rows.push((format!("kills, {}", phase.name()), count));
+            rows.push((format!("{what}, {}", phase.name()), count));
+        }
+        if let Some(writes) = self.writes {
+            rows.extend([
+                ("flushes".to_owned(), writes.flushes),
+                ("writes dropped".to_owned(), writes.dropped),
+                ("writes torn".to_owned(), writes.torn),
+                ("writes kept".to_owned(), writes.kept),
+            ]);
         }
         rows.extend([
             ("kills of executors".to_owned(), verdict.executors_killed),
@@ -599,10 +655,19 @@ impl Report {
                 json!({ "invariant": invariant.name(), "count": count, "first": told })
             })
             .collect();
+        let writes = self.writes.map(|writes| {
+            json!({
+                "flushes": writes.flushes,
+                "dropped": writes.dropped,
+                "torn": writes.torn,
+                "kept": writes.kept,
+            })
+        });
         json!({
             "seed": self.seed,
             "cycles": self.cycles,
             "kills": kills,
+            "writes": writes,
             "executors_killed": verdict.executors_killed,
             "accepted": verdict.accepted,
             "lost": verdict.violations.count(Invariant::NothingIsLost),

@@ -150,14 +150,15 @@ pub struct Server {
 
 impl Server {
     /// Starts the process and does not wait for it. `number` tells its output from that of its predecessors.
+    /// `data` is its directory, and what it says is kept in `folder`.
     pub fn spawn(
         program: &Path,
         folder: &Path,
+        data: PathBuf,
         shards: u16,
         listen: SocketAddr,
         number: u64,
     ) -> Result<Server, String> {
-        let data = folder.join("data");
         // What the last one said is kept, what those before it said is not.
         let said = folder.join(format!("server-{}.said", number % 4));
         let file = File::create(&said).map_err(|error| format!("{}: {error}", said.display()))?;
@@ -221,12 +222,23 @@ impl Server {
         writes_snapshot(&self.data)
     }
 
-    /// SIGKILL. The phase is told from what the dead process left, so that it cannot have changed meanwhile.
-    pub fn kill(mut self) -> Result<Phase, String> {
-        self.must_live()?;
-        let killed = self.child.kill().and_then(|()| self.child.wait());
+    /// SIGKILL.
+    pub fn kill(self) -> Result<Killed, String> {
+        self.kill_while(|| ())
+    }
+
+    /// SIGKILL, and `meanwhile` before its end is waited for.
+    pub fn kill_while(mut self, meanwhile: impl FnOnce()) -> Result<Killed, String> {
+        let lived = self.must_live();
+        let killed = self.child.kill();
+        meanwhile();
+        lived?;
+        let killed = killed.and_then(|()| self.child.wait());
         killed.map_err(|error| format!("the server cannot be killed: {error}"))?;
-        Ok(Phase::of(&self.data, self.listens()))
+        Ok(Killed {
+            data: self.data.clone(),
+            listened: self.listens(),
+        })
     }
 
     fn listens(&self) -> bool {
@@ -255,6 +267,19 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A server that was killed.
+pub struct Killed {
+    data: PathBuf,
+    listened: bool,
+}
+
+impl Killed {
+    /// The phase is told from what the dead process left, so that it cannot have changed meanwhile.
+    pub fn phase(&self) -> Phase {
+        Phase::of(&self.data, self.listened)
     }
 }
 

@@ -51,7 +51,7 @@ pub enum Invariant {
     RefusedIsNotExecuted,
     /// The files of a run can be read and are whole.
     HistoriesAreWhole,
-    /// The server starts on what a kill has left, and lives until the next one.
+    /// The server starts on what a kill or a power cut has left, and lives until the next one.
     TheServerLives,
 }
 

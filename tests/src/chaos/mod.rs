@@ -3,7 +3,8 @@
 //!
 //! Reading order: `plan` says what every submission is; `history` is how callers and executors write things down;
 //! `caller` and `worker` are their processes; `host` starts and kills processes and says in which phase a kill hit;
-//! `conductor` runs the cycles; `judge` reads everything afterwards.
+//! `disk` loses power, and `power` puts a server's directory on it; `conductor` runs the cycles; `judge` reads everything
+//! afterwards.
 
 pub mod plan;
 
@@ -14,6 +15,10 @@ pub mod caller;
 pub mod worker;
 
 pub mod host;
+
+pub mod disk;
+
+pub mod power;
 
 pub mod conductor;
 

@@ -51,6 +51,15 @@ impl Progress {
     pub fn step(&mut self, line: &str) {
         if self.changing {
             self.working(line);
+        } else {
+            self.remark(line);
+        }
+    }
+
+    /// Shows a line that stays, whoever watches.
+    pub fn remark(&mut self, line: &str) {
+        if self.changing {
+            println!("\r\x1b[K{:<8} {line}", self.name);
             return;
         }
         if self.open {

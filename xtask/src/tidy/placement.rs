@@ -12,7 +12,7 @@ struct Home {
     optional: &'static [&'static str],
 }
 
-const HOMES: [Home; 10] = [
+const HOMES: [Home; 11] = [
     home("glommio", &["pelton-engine"], &["pelton-storage"]),
     home("io-uring", &[], &["pelton-storage"]),
     home("crossbeam", &["pelton-engine"], &[]),
@@ -21,6 +21,7 @@ const HOMES: [Home; 10] = [
     home("rkyv", &["pelton-core", "pelton-storage"], &[]),
     home("libfuzzer-sys", &[], &["pelton-fuzz"]),
     home("loom", &["pelton-model"], &[]),
+    home("fuser", &["pelton-tests"], &[]),
     home("axum", &["pelton-gateway"], &[]),
     home(
         "hdrhistogram",
