@@ -489,7 +489,7 @@ fn recovery_sum(figures: &Value, figure: &str) -> u64 {
         .sum()
 }
 
-/// Waits until every shard that is going to write a snapshot has.
+/// Waits until every shard has written the snapshots that are due.
 async fn snapshots_written(options: &ClientOptions) -> Result<(), String> {
     let until = Instant::now() + SNAPSHOT_MAX;
     while Instant::now() < until {
@@ -497,7 +497,9 @@ async fn snapshots_written(options: &ClientOptions) -> Result<(), String> {
         let mut logs = figures["shards"].as_array().into_iter().flatten();
         let written = |shard: &Value| {
             let log = |figure: &str| shard["log"][figure].as_u64().unwrap_or(0);
-            log("snapshots") > 0 || log("live_segments") <= 1
+            // The next one is due once the log has grown by a segment and by twice the last one.
+            let behind = log("replay_bytes");
+            behind <= 2 * log("snapshot_bytes") || log("live_segments") <= 1
         };
         if logs.all(written) {
             return Ok(());
