@@ -14,6 +14,7 @@ pub mod id;
 pub mod limits;
 pub mod planted;
 pub mod record;
+pub mod refuse;
 pub mod schedule;
 pub mod shard;
 pub use flow::snapshot;

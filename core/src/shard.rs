@@ -22,6 +22,7 @@ use crate::{
     },
     planted::{Bug, planted},
     record::BatchSpace,
+    refuse,
     schedule::{
         ledger::{Ledger, Share},
         pool::Pool,
@@ -527,18 +528,22 @@ impl Shard {
                     answer.code = Code::Unavailable;
                     answer.durable = false;
                     answer.request = RequestId::default();
-                    answer.what = LOG_FAILED;
+                    answer.what = refuse::FAILED.tasks;
                 }
                 edge.executes.clear();
-                edge.acks.clear();
+                edge.acks.iter_mut().for_each(refuse::take_back);
                 edge.cancels.clear();
                 for (_, _, reply) in &mut edge.replies {
                     *reply = crate::event::Reply::Refused {
                         code: Code::Unavailable,
-                        what: LOG_FAILED,
+                        what: refuse::FAILED.tasks,
                     };
                 }
             }
+            // Shard 0 is not kept waiting: the next start gives this shard the changes that it lacks.
+            let applied = pending.edges.shards.drain(..);
+            let applied = applied.filter(|(_, said)| matches!(said, Control::Applied { .. }));
+            effects.shards.extend(applied);
             for (index, edge) in pending.edges.edges.iter_mut().enumerate() {
                 effects.edge(crate::id::EdgeId(index as u16)).absorb(edge);
             }
@@ -696,5 +701,3 @@ impl Shard {
         })
     }
 }
-
-pub(crate) const LOG_FAILED: &str = "the shard's log has failed; whether an unanswered task was accepted is unknown: send the same task_id again later";

@@ -13,7 +13,7 @@ use pelton_core::{
 };
 use pelton_storage::{
     device::DeviceOp,
-    log::Options as LogOptions,
+    log::{Options as LogOptions, READ_TRIES},
     memory::{MemoryDevice, Random},
     recover::{Outcome as Recovered, inspect, records, recover_with},
 };
@@ -850,7 +850,7 @@ impl World {
             let device = &mut disks[index];
             let changes = device.changes();
             if fails {
-                device.fail_next_read();
+                device.fail_next_reads(READ_TRIES);
             } else {
                 device.lose_power_at(kind, before);
             }
@@ -862,7 +862,7 @@ impl World {
             if fails && started && !device.names().is_empty() {
                 broken(
                     "a_failed_read_is_no_end",
-                    format!("shard {index} starts although a read failed"),
+                    format!("shard {index} starts although a read failed again and again"),
                 )?;
             }
             if fails && !started && device.changes() != changes {

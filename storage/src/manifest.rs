@@ -16,6 +16,7 @@ pub const DIRECTORY_VERSION: u32 = 1;
 const NAME: &str = "MANIFEST";
 const NEXT_NAME: &str = "MANIFEST.next";
 const LOCK_NAME: &str = "LOCK";
+const BEGUN_NAME: &str = "BEGUN";
 
 /// What a data directory says of itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -130,6 +131,15 @@ impl DataDirectory {
         Ok(())
     }
 
+    /// Remembers that every shard has a log from now on: see [`has_begun`].
+    pub fn note_begun(&self) -> Result<(), DirectoryError> {
+        let place = self.path.join(BEGUN_NAME);
+        File::create(&place)
+            .and_then(|file| file.sync_all())
+            .map_err(|error| failed("create", &place, error))?;
+        flush_directory(&self.path)
+    }
+
     /// The folder of a shard's log.
     pub fn shard(&self, shard: u16) -> PathBuf {
         shard_folder(&self.path, shard)
@@ -144,6 +154,12 @@ impl DataDirectory {
 /// The folder of a shard's log in a data directory.
 pub fn shard_folder(directory: &Path, shard: u16) -> PathBuf {
     directory.join(format!("shard-{shard:03}"))
+}
+
+/// True once every shard has had a log: a folder that holds none is then not new but has lost it, or its disk is not
+/// mounted.
+pub fn has_begun(directory: &Path) -> bool {
+    directory.join(BEGUN_NAME).exists()
 }
 
 /// Reads the manifest without locking the directory; `None` if there is none.
@@ -234,6 +250,9 @@ mod tests {
         drop(directory);
         let directory = DataDirectory::open(&path).unwrap();
         assert_eq!(directory.manifest(), Some(manifest));
+        assert!(!has_begun(&path));
+        directory.note_begun().unwrap();
+        assert!(has_begun(&path));
         drop(directory);
         let text = fs::read_to_string(path.join(NAME)).unwrap();
         fs::write(path.join(NAME), text.replace("shards 3", "shards 4")).unwrap();

@@ -61,7 +61,8 @@ enum Failing {
     Write,
     Flush,
     NoSpace,
-    Read,
+    /// So many reads in a row.
+    Read(u32),
     /// A read succeeds and brings wrong bytes.
     Rot,
     /// A write is reported done and nothing of it reaches the disk.
@@ -376,7 +377,12 @@ impl MemoryDevice {
 
     /// The next read fails.
     pub fn fail_next_read(&mut self) {
-        self.failing = Some(Failing::Read);
+        self.fail_next_reads(1);
+    }
+
+    /// So many reads fail, one after the other.
+    pub fn fail_next_reads(&mut self, count: u32) {
+        self.failing = Some(Failing::Read(count));
     }
 
     /// The next read succeeds and brings wrong bytes, although the right ones stand on the disk.
@@ -451,7 +457,11 @@ impl MemoryDevice {
             Some(Failing::LostWrite) => false,
             Some(Failing::MisdirectedWrite) => true,
             Some(
-                Failing::Write | Failing::Flush | Failing::NoSpace | Failing::Read | Failing::Rot,
+                Failing::Write
+                | Failing::Flush
+                | Failing::NoSpace
+                | Failing::Read(_)
+                | Failing::Rot,
             )
             | None => return false,
         };
@@ -585,8 +595,8 @@ impl Device for MemoryDevice {
                 offset,
                 bytes,
             } => {
-                if self.failing == Some(Failing::Read) {
-                    self.failing = None;
+                if let Some(Failing::Read(count)) = self.failing {
+                    self.failing = (count > 1).then_some(Failing::Read(count - 1));
                     return Err(error(DeviceErrorKind::Io, "read: simulated EIO"));
                 }
                 let data = &self.data[file.0 as usize].bytes;

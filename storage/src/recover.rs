@@ -22,15 +22,18 @@ use pelton_core::{
 };
 
 use crate::{
-    device::{Block, Device, DeviceError, DeviceOp, Output},
+    device::{Block, Device, DeviceError, DeviceOp, FileId, Output},
     format::{
         BATCH_HEADER_BYTES, BLOCK_BYTES, BadHeader, BatchHeader, FLAG_OPENING, FORMAT_VERSION,
         SEGMENT_DATA_OFFSET, SegmentHeader,
     },
-    log::{Found, Log, Options},
+    log::{Found, Log, Options, READ_TRIES},
     segment::{File, Progress, Segment, Work, is_filling_name, parse_segment_name, segment_name},
     snapshot::{Begin, Read, Reading, is_temporary_name, parse_snapshot_name},
 };
+
+/// Named in the place of a file that should be there.
+const NO_FILE: &str = "(no file)";
 
 /// How the log was found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -281,6 +284,23 @@ pub fn inspect<D: Device>(
     Ok(judge(&survey, &mut Reader::new(device), visit)?.report)
 }
 
+/// Refuses a directory that holds no segment at all. Only for a log that has begun: a new one is made in such a
+/// directory.
+pub fn expect_segments<D: Device>(device: &mut D) -> Result<(), RecoverError> {
+    let Output::Names(names) = device.perform(DeviceOp::List)? else {
+        panic!("a listing brings names");
+    };
+    if names.iter().any(|name| parse_segment_name(name).is_some()) {
+        return Ok(());
+    }
+    Err(RecoverError::Corrupt {
+        file: NO_FILE.to_owned(),
+        segment: 0,
+        offset: 0,
+        what: "the shard has had a log and its folder holds no segment; its disk may not be mounted",
+    })
+}
+
 /// Calls `each` for every record of a batch, header excluded from the body; `None` where the lengths do not add up.
 pub fn records<'a>(
     batch: &'a [u8],
@@ -440,7 +460,7 @@ impl Survey {
     fn corrupt(&self, at: Lsn, what: &'static str) -> RecoverError {
         let segment = at.0 / self.segment_bytes;
         let file = self.segments.get(&segment).map_or_else(
-            || "(no file)".to_owned(),
+            || NO_FILE.to_owned(),
             |segment| segment_name(segment.file.number),
         );
         RecoverError::Corrupt {
@@ -460,17 +480,10 @@ impl Survey {
 /// never became a segment.
 fn read_header<D: Device>(
     device: &mut D,
-    file: crate::device::FileId,
+    file: FileId,
     name: &str,
 ) -> Result<Option<(SegmentHeader, Option<SegmentHeader>)>, RecoverError> {
-    let Output::Bytes(blocks) = device.perform(DeviceOp::Read {
-        file,
-        offset: 0,
-        bytes: 2 * BLOCK_BYTES,
-    })?
-    else {
-        panic!("a read brings bytes");
-    };
+    let blocks = read(device, file, 0, 2 * BLOCK_BYTES)?;
     let copies = [0, BLOCK_BYTES].map(|at| match blocks.get(at..at + BLOCK_BYTES) {
         Some(block) => SegmentHeader::decode(block),
         None => Err(BadHeader::Damaged),
@@ -503,10 +516,36 @@ fn read_header<D: Device>(
     }
 }
 
+/// Reads, as often as the live log does where the disk fails.
+fn read<D: Device>(
+    device: &mut D,
+    file: FileId,
+    offset: u64,
+    bytes: usize,
+) -> Result<Block, RecoverError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let op = DeviceOp::Read {
+            file,
+            offset,
+            bytes,
+        };
+        match device.perform(op) {
+            Ok(Output::Bytes(block)) => return Ok(block),
+            Ok(Output::Done | Output::Names(_) | Output::File(..)) => {
+                panic!("a read brings bytes")
+            }
+            Err(error) if tries == READ_TRIES => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+}
+
 /// Reads segments in large pieces and remembers the last one.
 struct Reader<'d, D> {
     device: &'d mut D,
-    file: Option<crate::device::FileId>,
+    file: Option<FileId>,
     start: u64,
     bytes: Block,
 }
@@ -538,17 +577,9 @@ impl<'d, D: Device> Reader<'d, D> {
             && offset + want as u64 <= self.start + self.bytes.len() as u64;
         if !held {
             let bytes = READ_BYTES.min((segment_bytes - offset) as usize);
-            let Output::Bytes(block) = self.device.perform(DeviceOp::Read {
-                file: segment.file.id,
-                offset,
-                bytes,
-            })?
-            else {
-                panic!("a read brings bytes");
-            };
+            self.bytes = read(self.device, segment.file.id, offset, bytes)?;
             self.file = Some(segment.file.id);
             self.start = offset;
-            self.bytes = block;
         }
         let from = (offset - self.start) as usize;
         Ok(&self.bytes[from.min(self.bytes.len())..])

@@ -4,13 +4,14 @@ use alloc::{boxed::Box, vec::Vec};
 
 use crate::{
     error::Code,
-    event::{Control, Effects, Filter, Inbox, Query, Reply, SubmitBatch, Target, TaskView},
+    event::{Control, Effects, Filter, Inbox, Query, Reply, Target, TaskView},
     flow::admit::name_hash,
     id::{ConnectionId, Lsn, TenantId},
     limits::{STOP_GRACE, STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     planted::{Bug, planted},
     record::{BatchSpace, record_bytes},
-    shard::{LOG_FAILED, Shard, Waiter},
+    refuse,
+    shard::{Shard, Waiter},
     state::{Event, State},
     table::task::*,
 };
@@ -317,36 +318,31 @@ impl Shard {
     /// The log has failed: questions and wishes that were taken and not answered are refused, waits included. A wish may
     /// be carried out nevertheless: its record may have reached the disk.
     pub(crate) fn refuse_who_waits(&mut self, effects: &mut Effects) {
-        let mut waiting: Vec<(ConnectionId, u64)> = Vec::new();
-        for control in self.deferred.drain(..) {
-            if let Control::Query {
-                connection, ticket, ..
-            } = control
-            {
-                waiting.push((connection, ticket));
-            }
-        }
+        let mut deferred = Inbox {
+            control: core::mem::take(&mut self.deferred),
+            ..Inbox::default()
+        };
+        self.refuse_everything(&mut deferred, effects);
+        let mut waiting: Vec<(ConnectionId, u64, &str)> = Vec::new();
         let carried = self.carried.take();
-        waiting.extend(carried.map(|carried| (carried.connection, carried.ticket)));
-        waiting.extend(
-            self.wishes
-                .drain(..)
-                .map(|(connection, ticket, _)| (connection, ticket)),
-        );
+        let wish = refuse::FAILED.configuration;
+        waiting.extend(carried.map(|carried| (carried.connection, carried.ticket, wish)));
+        let wishes = self.wishes.drain(..);
+        waiting.extend(wishes.map(|(connection, ticket, _)| (connection, ticket, wish)));
         for slot in 0..self.tasks.used() {
             let mut at = self.tasks.get(slot).map_or(NIL, |task| task.waiter);
             while at != NIL {
                 let waiter = self.waiters[at];
                 if waiter.index == u32::MAX {
-                    waiting.push((waiter.connection, waiter.ticket));
+                    waiting.push((waiter.connection, waiter.ticket, refuse::FAILED.tasks));
                 }
                 at = waiter.next;
             }
         }
-        for (connection, ticket) in waiting {
+        for (connection, ticket, what) in waiting {
             let reply = Reply::Refused {
                 code: Code::Unavailable,
-                what: LOG_FAILED,
+                what,
             };
             effects
                 .edge(connection.edge())
@@ -357,78 +353,13 @@ impl Shard {
 
     /// A shard whose log has failed answers everything with the reason.
     pub(crate) fn refuse_everything(&mut self, inbox: &mut Inbox, effects: &mut Effects) {
-        while let Some(batch) = inbox.submits.pop_front() {
-            refuse_batch(&batch, effects);
-        }
-        let refused = Reply::Refused {
-            code: Code::Unavailable,
-            what: LOG_FAILED,
-        };
-        while let Some(control) = inbox.control.pop_front() {
-            match control {
-                Control::Query {
-                    connection,
-                    ticket,
-                    query: Query::Stats,
-                    ..
-                } => {
-                    let counters = Box::new(self.counters());
-                    effects.edge(connection.edge()).replies.push((
-                        connection,
-                        ticket,
-                        Reply::Stats { counters },
-                    ));
-                }
-                Control::Query {
-                    connection, ticket, ..
-                }
-                | Control::Configure {
-                    connection, ticket, ..
-                }
-                | Control::LeasesPresented {
-                    connection, ticket, ..
-                }
-                | Control::LeasesHeld {
-                    connection, ticket, ..
-                } => {
-                    effects.edge(connection.edge()).replies.push((
-                        connection,
-                        ticket,
-                        refused.clone(),
-                    ));
-                }
-                Control::Outcomes(_)
-                | Control::SessionOpened { .. }
-                | Control::SlotsLent { .. }
-                | Control::SessionLost { .. }
-                | Control::SessionClosed { .. }
-                | Control::Apply { .. }
-                | Control::Applied { .. }
-                | Control::Credits { .. } => {}
-            }
-        }
+        let counters = || self.counters();
+        refuse::everything(
+            self.options.shard,
+            refuse::FAILED,
+            inbox,
+            counters,
+            effects,
+        );
     }
-}
-
-fn refuse_batch(batch: &SubmitBatch, effects: &mut Effects) {
-    use crate::event::{Answer, AnswerRun};
-    let edge = effects.edge(batch.connection.edge());
-    let first = edge.answers.len() as u32;
-    edge.answers
-        .extend(batch.tasks[batch.done..].iter().map(|task| Answer {
-            index: task.index,
-            code: Code::Unavailable,
-            duplicate: false,
-            durable: false,
-            retry_after_ms: 0,
-            request: crate::id::RequestId::default(),
-            what: LOG_FAILED,
-        }));
-    let count = edge.answers.len() as u32 - first;
-    edge.runs.push(AnswerRun {
-        connection: batch.connection,
-        ticket: batch.ticket,
-        first,
-        count,
-    });
 }
