@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    time::Duration,
 };
 
 /// An eventfd. What it was rung for is kept until somebody reads it.
@@ -32,5 +33,22 @@ impl Bell {
         // SAFETY: the eight bytes are there, and the descriptor is open. It fails only when the counter is full, and
         // then the reader is being woken already.
         unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    /// Waits until it is rung, or for so long. For a thread without a ring.
+    pub(crate) fn wait(&self, timeout: Duration) {
+        let mut poll = libc::pollfd {
+            fd: self.fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let timeout_ms = timeout.as_millis().min(1 << 30) as libc::c_int;
+        // SAFETY: one pollfd is there.
+        let ready = unsafe { libc::poll(&mut poll, 1, timeout_ms) };
+        if ready == 1 {
+            let mut count = [0u8; 8];
+            // SAFETY: the eight bytes are there, and the descriptor is open.
+            unsafe { libc::read(self.fd(), count.as_mut_ptr().cast(), count.len()) };
+        }
     }
 }

@@ -15,6 +15,7 @@ use pelton_core::{
 use crate::{
     engine::Shared,
     inbox::{Delivery, Outbox},
+    quarantine::Quarantine,
     routes::Routes,
     sync::{ArrayQueue, AtomicBool},
 };
@@ -63,6 +64,17 @@ impl Edge {
     /// Every shard.
     pub fn shards(&self) -> impl Iterator<Item = ShardId> + use<> {
         (0..self.shard_count()).map(ShardId)
+    }
+
+    /// Why a shard is not served, if it is not. It answers like any other, and refuses everything.
+    pub fn quarantined(&self, shard: ShardId) -> Option<&Quarantine> {
+        self.shared.quarantined[usize::from(shard.0)].get()
+    }
+
+    /// By shard, whether it is served.
+    pub fn served(&self) -> Vec<bool> {
+        let quarantined = self.shared.quarantined.iter();
+        quarantined.map(|shard| shard.get().is_none()).collect()
     }
 
     /// Reads the current routing table.

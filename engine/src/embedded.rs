@@ -688,9 +688,15 @@ impl Caller {
                         tenant: tenant.clone(),
                         name: function.clone(),
                     };
+                    let known = self.function(&tenant, &function).is_some();
                     self.registering
                         .insert(ticket, (tenant, function, slots, workers, reply));
-                    self.wish(ticket, wish);
+                    // What is known already needs no shard 0, which may not be served.
+                    if known {
+                        self.registered(ticket, &Reply::Done { state: None });
+                    } else {
+                        self.wish(ticket, wish);
+                    }
                 }
                 Command::Ended {
                     request,
@@ -913,11 +919,7 @@ impl Caller {
             let _ = caller.send(Err(Error::new(*code, what)));
             return;
         }
-        let function = self.edge.with_routes(|routes| {
-            let tenant = routes.tenant(&tenant)?;
-            Some(routes.function(tenant, &name)?.0)
-        });
-        let Some(function) = function else {
+        let Some(function) = self.function(&tenant, &name) else {
             let _ = caller.send(Err(Error::new(Code::NotFound, "the function was removed")));
             return;
         };
@@ -933,11 +935,18 @@ impl Caller {
         }
         self.served.push(Served {
             function,
-            lender: Lender::new(slots, self.edge.shard_count()),
+            lender: Lender::new(slots, self.edge.served()),
             workers,
         });
         self.lend(self.served.len() - 1);
         let _ = caller.send(Ok(Asked::Done));
+    }
+
+    fn function(&self, tenant: &str, name: &str) -> Option<FunctionId> {
+        self.edge.with_routes(|routes| {
+            let tenant = routes.tenant(tenant)?;
+            Some(routes.function(tenant, name)?.0)
+        })
     }
 
     fn lend(&mut self, index: usize) {

@@ -5,7 +5,6 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicU64, Ordering::*},
         mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread,
@@ -26,16 +25,17 @@ use pelton_core::{
 use pelton_storage::{
     device::DeviceError,
     log::Options as LogOptions,
-    manifest::{DIRECTORY_VERSION, DataDirectory, DirectoryError, Manifest},
-    recover::{RecoverError, Report},
+    manifest::{DIRECTORY_VERSION, DataDirectory, DirectoryError, Manifest, has_begun},
+    recover::Report,
 };
 
 use crate::{
     edge::Edge,
     embedded::Embedded,
     inbox::{Outbox, ShardInbox},
+    quarantine::{Quarantine, stand_in},
     routes::{RoutePointer, Routes},
-    shard_loop::{Setup, ShardLoop},
+    shard_loop::{Gone, Setup, ShardLoop},
 };
 
 /// Memory that glommio registers with the kernel for direct I/O of its own, per shard: the log has its own.
@@ -86,8 +86,9 @@ impl Default for Options {
 pub enum OpenError {
     /// The data directory.
     Directory(DirectoryError),
-    /// A shard's log.
-    Recover { shard: ShardId, error: RecoverError },
+    /// The logs of these shards, where no other one is left that could serve, where the directory is being made, or
+    /// where it is another version's.
+    Recover(Vec<Quarantine>),
     /// The disk, or io_uring.
     Device(DeviceError),
     /// More shards than there may be.
@@ -100,7 +101,13 @@ impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             OpenError::Directory(error) => error.fmt(f),
-            OpenError::Recover { shard, error } => write!(f, "shard {}: {error}", shard.0),
+            OpenError::Recover(shards) => {
+                for (index, quarantine) in shards.iter().enumerate() {
+                    let line = if index == 0 { "" } else { "\n" };
+                    write!(f, "{line}{quarantine}")?;
+                }
+                Ok(())
+            }
             OpenError::Device(error) => error.fmt(f),
             OpenError::Shards { asked } => write!(
                 f,
@@ -118,10 +125,12 @@ pub(crate) struct Shared {
     pub(crate) inboxes: Vec<ShardInbox>,
     pub(crate) edges: Vec<OnceLock<Arc<Outbox>>>,
     pub(crate) routes: RoutePointer,
+    /// By shard: why it is not served. Set before anybody is.
+    pub(crate) quarantined: Vec<OnceLock<Quarantine>>,
 }
 
 /// How an engine closed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Closed {
     /// Every shard flushed and ended in time.
     pub complete: bool,
@@ -129,15 +138,25 @@ pub struct Closed {
     pub took: Duration,
     /// Tasks that are left running, over the shards that ended in time: their leases stay with their executors.
     pub running: u64,
+    /// Shards whose log had failed, and why.
+    pub failed: Vec<(ShardId, String)>,
+}
+
+/// How a shard ended.
+#[derive(Debug, Default)]
+pub(crate) struct Ended {
+    /// Tasks that it left running.
+    pub(crate) running: u64,
+    /// Why its log had failed, if it had.
+    pub(crate) failed: Option<(ShardId, String)>,
 }
 
 /// A running engine. Any number of them may live in a process, each in its own directory.
 pub struct Engine {
     shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
-    /// How many tasks a shard left running when it ended, from each once.
-    ended: Mutex<Receiver<u64>>,
-    running: AtomicU64,
+    /// How each shard ended, once, and what has been heard of that.
+    ended: Mutex<(Receiver<Ended>, Vec<Ended>)>,
     reports: Vec<Report>,
     options: Options,
     directory: DataDirectory,
@@ -152,11 +171,13 @@ impl Engine {
         Engine::open_with(directory, Options::default())
     }
 
-    /// Opens or makes the data directory and starts the shards. Returns when every shard has recovered its log.
+    /// Opens or makes the data directory and starts the shards. Returns when every shard has recovered its log, or has
+    /// been found not to be served while another one is: [`Engine::quarantined`] says which.
     pub fn open_with(directory: impl AsRef<Path>, options: Options) -> Result<Engine, OpenError> {
         let mut directory =
             DataDirectory::open(directory.as_ref()).map_err(OpenError::Directory)?;
-        let manifest = match directory.manifest() {
+        let known = directory.manifest();
+        let manifest = match known {
             Some(manifest) => manifest,
             None => {
                 let shards = options.shards.unwrap_or_else(default_shards);
@@ -180,6 +201,7 @@ impl Engine {
             inboxes: inboxes.map_err(|error| OpenError::Thread(error.to_string()))?,
             edges: (0..EDGE_COUNT_MAX).map(|_| OnceLock::new()).collect(),
             routes: RoutePointer::new(Routes::new(manifest.shards, Directory::default())),
+            quarantined: (0..manifest.shards).map(|_| OnceLock::new()).collect(),
         });
         let (ended_sender, ended) = channel();
         let (opened_sender, opened) = channel();
@@ -203,8 +225,8 @@ impl Engine {
             let thread = thread::Builder::new()
                 .name(format!("pelton-shard-{shard}"))
                 .spawn(move || {
-                    let running = run_shard(setup, placement, &said);
-                    let _ = ended.send(running);
+                    let how = run_shard(setup, placement, &said);
+                    let _ = ended.send(how);
                 })
                 .map_err(|error| OpenError::Thread(error.to_string()))?;
             threads.push(thread);
@@ -214,8 +236,7 @@ impl Engine {
         let mut engine = Engine {
             shared,
             threads: Mutex::new(threads),
-            ended: Mutex::new(ended),
-            running: AtomicU64::new(0),
+            ended: Mutex::new((ended, Vec::new())),
             reports: Vec::new(),
             options,
             directory,
@@ -223,23 +244,49 @@ impl Engine {
             embedding: Mutex::new(()),
         };
         let mut found = Vec::new();
+        let mut quarantined = Vec::new();
         for opened in opened.iter().take(usize::from(manifest.shards)) {
             // Dropping the engine stops the shards that have started.
-            found.push(opened?);
+            match opened {
+                Ok(opened) => found.push(opened),
+                Err(OpenError::Recover(shards)) => quarantined.extend(shards),
+                Err(error) => return Err(error),
+            }
         }
-        found.sort_by_key(|found| found.0);
         let ended_early = || OpenError::Thread("it ended before it served".to_owned());
-        if found.len() != starts.len() {
+        if found.len() + quarantined.len() != starts.len() {
             return Err(ended_early());
         }
-        // Shard 0 orders configuration. A crash between its log and another's leaves that one behind.
-        let truth = found[0].2.clone();
-        for ((_, report, directory), start) in found.into_iter().zip(starts) {
-            engine.reports.push(report);
-            let _ = start.send(missing(&truth, &directory));
+        found.sort_by_key(|found| found.0);
+        quarantined.sort_by_key(|quarantine: &Quarantine| quarantine.shard);
+        let others = |quarantine: &Quarantine| quarantine.error.is_of_another_version();
+        if !quarantined.is_empty()
+            && (found.is_empty() || known.is_none() || quarantined.iter().any(others))
+        {
+            return Err(OpenError::Recover(quarantined));
         }
-        engine.shared.routes.adopt(truth);
-        if ready.iter().take(engine.reports.len()).count() != engine.reports.len() {
+        engine.quarantine(&quarantined)?;
+        // Shard 0 orders configuration. A crash between its log and another's leaves that one behind, and so does a
+        // start that could not serve that one. Without shard 0, the shard that knows most has the last change that all
+        // of these had logged, since they log what shard 0 has on its disk.
+        let most = match found[0].0 {
+            ShardId(0) => 0,
+            ShardId(_) => {
+                let known = |at: &usize| found[*at].2.version();
+                (0..found.len()).max_by_key(known).unwrap_or(0)
+            }
+        };
+        let truth = found[most].2.clone();
+        let unserved: Vec<ShardId> = quarantined.iter().map(|q| q.shard).collect();
+        for &ShardId(shard) in &unserved {
+            let _ = starts[usize::from(shard)].send(Vec::new());
+        }
+        for (shard, report, directory) in found {
+            engine.reports.push(report);
+            let _ = starts[usize::from(shard.0)].send(missing(&truth, &directory));
+        }
+        engine.shared.routes.adopt(truth, unserved);
+        if ready.iter().take(starts.len()).count() != starts.len() {
             return Err(ended_early());
         }
         Ok(engine)
@@ -251,7 +298,31 @@ impl Engine {
         Edge::attach(&self.shared, Box::new(wake))
     }
 
-    /// How each shard's log was found.
+    /// Takes note of the shards that are not served, or of that all are.
+    fn quarantine(&self, quarantined: &[Quarantine]) -> Result<(), OpenError> {
+        for quarantine in quarantined {
+            tracing::error!(
+                shard = quarantine.shard.0,
+                folder = %self.directory.shard(quarantine.shard.0).display(),
+                "the shard is quarantined and the others serve: {}",
+                quarantine.error
+            );
+            let place = &self.shared.quarantined[usize::from(quarantine.shard.0)];
+            let _ = place.set(quarantine.clone());
+        }
+        if quarantined.is_empty() && !has_begun(self.directory.path()) {
+            self.directory.note_begun().map_err(OpenError::Directory)?;
+        }
+        Ok(())
+    }
+
+    /// The shards that are not served since their logs are damaged or cannot be read. What belongs to them is refused
+    /// with `UNAVAILABLE`; a start with their files restored serves them.
+    pub fn quarantined(&self) -> impl Iterator<Item = &Quarantine> {
+        self.shared.quarantined.iter().filter_map(OnceLock::get)
+    }
+
+    /// How the log of each shard that is served was found.
     pub fn reports(&self) -> &[Report] {
         &self.reports
     }
@@ -289,13 +360,13 @@ impl Engine {
             inbox.stop();
         }
         let mut threads = lock(&self.threads);
-        let ended = lock(&self.ended);
+        let (ended, heard) = &mut *lock(&self.ended);
         let mut left = threads.len();
         while left > 0 {
             let rest = deadline.saturating_sub(start.elapsed());
             match ended.recv_timeout(rest) {
-                Ok(running) => {
-                    self.running.fetch_add(running, Relaxed);
+                Ok(how) => {
+                    heard.push(how);
                     left -= 1;
                 }
                 Err(RecvTimeoutError::Timeout) => break,
@@ -310,7 +381,8 @@ impl Engine {
         Closed {
             complete: left == 0,
             took: start.elapsed(),
-            running: self.running.load(Relaxed),
+            running: heard.iter().map(|how| how.running).sum(),
+            failed: heard.iter().filter_map(|how| how.failed.clone()).collect(),
         }
     }
 }
@@ -340,8 +412,8 @@ struct Said {
     ready: Sender<()>,
 }
 
-/// Runs a shard to its end; how many tasks it left running.
-fn run_shard(setup: Setup, placement: Placement, said: &Said) -> u64 {
+/// Runs a shard to its end.
+fn run_shard(setup: Setup, placement: Placement, said: &Said) -> Ended {
     let me = setup.core.shard;
     let executor = LocalExecutorBuilder::new(placement)
         .name(&format!("pelton-shard-{}", me.0))
@@ -351,25 +423,36 @@ fn run_shard(setup: Setup, placement: Placement, said: &Said) -> u64 {
         Ok(executor) => executor,
         Err(error) => {
             let _ = said.opened.send(Err(OpenError::Thread(error.to_string())));
-            return 0;
+            return Ended::default();
         }
     };
-    executor.run(async {
+    let shared = Arc::clone(&setup.shared);
+    let served = executor.run(async {
         let (shard, report) = match ShardLoop::open(setup) {
             Ok(opened) => opened,
             Err(error) => {
                 let _ = said.opened.send(Err(error));
-                return 0;
+                return None;
             }
         };
         let directory = shard.directory().clone();
         if said.opened.send(Ok((me, report, directory))).is_err() {
-            return 0;
+            return Some(Ended::default());
         }
-        match said.begin.recv() {
+        Some(match said.begin.recv() {
             Ok(missing) => shard.run(missing, &said.ready),
-            Err(_) => 0,
+            Err(_) => Ended::default(),
+        })
+    });
+    served.unwrap_or_else(|| {
+        // Whoever opens the engine says whether others serve without this one.
+        if said.begin.recv().is_ok() {
+            let gone = Gone(&shared.inboxes[usize::from(me.0)]);
+            let _ = said.ready.send(());
+            stand_in(&shared, me);
+            drop(gone);
         }
+        Ended::default()
     })
 }
 
@@ -413,6 +496,7 @@ fn setup(
             segment_bytes: manifest.segment_bytes,
         },
         directory: directory.shard(shard),
+        begun: has_begun(directory.path()),
         space_bytes_min: options.space_bytes_min,
         linger: options.linger,
         shares_core: options.pin.is_empty(),

@@ -3,9 +3,10 @@
 //! is installed; nothing calls `exit`.
 //!
 //! Reading order: `engine` opens and closes; `inbox` is what lies between the threads, on `sync` and `bell`; `routes`
-//! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `shard_loop` the loop of a shard; `edge`
-//! the handle of whoever talks to the world; `info` and `stats` what queries bring; `embedded` the API for embedding,
-//! and `calls` how its calls reach its thread.
+//! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `outgoing` what a shard has to say;
+//! `shard_loop` the loop of a shard, and `quarantine` what stands in for one that cannot be served; `edge` the handle of
+//! whoever talks to the world; `info` and `stats` what queries bring; `embedded` the API for embedding, and `calls` how
+//! its calls reach its thread.
 
 pub mod engine;
 
@@ -21,7 +22,11 @@ pub mod linger;
 
 mod sleep;
 
+mod outgoing;
+
 mod shard_loop;
+
+pub mod quarantine;
 
 pub mod edge;
 
@@ -37,6 +42,7 @@ pub mod embedded;
 
 pub use edge::Edge;
 pub use engine::{Closed, Engine, OpenError, Options};
+pub use quarantine::Quarantine;
 
 #[cfg(test)]
 mod tests;

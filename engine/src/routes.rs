@@ -9,6 +9,7 @@ use crossbeam::epoch::{self, Atomic, Owned};
 use pelton_core::{
     config::{Change, Directory, Function},
     id::{CellId, FunctionId, ShardId, TenantId, place, shard_of},
+    limits::CELL_COUNT,
 };
 
 /// One immutable version of the routing table.
@@ -21,6 +22,8 @@ pub struct Routes {
     shards: u16,
     /// Cells that live elsewhere than the rule says, sorted. None yet: no cell has been moved.
     exceptions: Vec<(CellId, ShardId)>,
+    /// Shards that are not served, sorted.
+    unserved: Vec<ShardId>,
 }
 
 impl Routes {
@@ -30,6 +33,7 @@ impl Routes {
             directory,
             shards,
             exceptions: Vec::new(),
+            unserved: Vec::new(),
         }
     }
 
@@ -53,11 +57,30 @@ impl Routes {
         function.live.then_some((id, function))
     }
 
+    /// The cell of a function's tasks without key and name: its home, or where that is not served a cell of the next
+    /// shard that is.
+    pub fn home_of(&self, function: &Function) -> CellId {
+        let home = function.home;
+        let own = self.shard_of(home);
+        if !self.unserved.contains(&own) {
+            return home;
+        }
+        let turns = (1..self.shards).map(|turn| ShardId((own.0 + turn) % self.shards));
+        let served = turns
+            .into_iter()
+            .find(|shard| !self.unserved.contains(shard));
+        served.map_or(home, |shard| {
+            let (cells, shards) = (u32::from(CELL_COUNT), u32::from(self.shards));
+            let first = (u32::from(shard.0) * cells).div_ceil(shards);
+            CellId((first + u32::from(home.0) % (cells / shards)) as u16)
+        })
+    }
+
     /// The cell of a task: that of its key, else of its name, else its function's home.
     pub fn cell_of(&self, function: &Function, key: &str, task_id: &str) -> CellId {
         let discriminator = if key.is_empty() { task_id } else { key };
         if discriminator.is_empty() {
-            return function.home;
+            return self.home_of(function);
         }
         let tenant = self.directory.tenant(function.tenant);
         let tenant = tenant.map_or("", |tenant| tenant.name.as_str());
@@ -96,10 +119,11 @@ impl RoutePointer {
         self.replace(next);
     }
 
-    /// Replaces the directory, after a recovery.
-    pub(crate) fn adopt(&self, directory: Directory) {
+    /// Replaces the directory, after a recovery that could not serve some shards.
+    pub(crate) fn adopt(&self, directory: Directory, unserved: Vec<ShardId>) {
         let mut next = self.with(Routes::clone);
         next.directory = directory;
+        next.unserved = unserved;
         self.replace(next);
     }
 
@@ -124,7 +148,7 @@ impl Drop for RoutePointer {
 mod tests {
     use std::{sync::Arc, thread};
 
-    use pelton_core::{config::TenantConfig, limits::CELL_COUNT};
+    use pelton_core::config::{FunctionConfig, TenantConfig};
 
     use super::*;
 
@@ -140,6 +164,34 @@ mod tests {
                 most - least <= 1,
                 "{shards} shards: {least} to {most} cells"
             );
+        }
+    }
+
+    #[test]
+    fn a_home_that_is_not_served_is_stood_in_for_by_a_served_one() {
+        for shards in [1, 2, 3, 7, 64, 256] {
+            let mut routes = Routes::new(shards, Directory::default());
+            for home in (0..CELL_COUNT).map(CellId) {
+                let function = Function {
+                    tenant: TenantId(0),
+                    name: "f".into(),
+                    config: FunctionConfig::default(),
+                    home,
+                    live: true,
+                };
+                routes.unserved = Vec::new();
+                assert_eq!(routes.home_of(&function), home);
+                let own = routes.shard_of(home);
+                let spared = ShardId((own.0 + shards / 2) % shards);
+                for unserved in [
+                    vec![own],
+                    (0..shards).map(ShardId).filter(|s| *s != spared).collect(),
+                ] {
+                    routes.unserved = unserved;
+                    let shard = routes.shard_of(routes.home_of(&function));
+                    assert!(shards == 1 || !routes.unserved.contains(&shard));
+                }
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     path::PathBuf,
-    sync::{Arc, OnceLock, atomic::Ordering::*, mpsc::Sender},
+    sync::{Arc, atomic::Ordering::*, mpsc::Sender},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -18,16 +18,20 @@ use pelton_core::{
     snapshot::Cursor,
 };
 use pelton_storage::{
+    device::{Device, DeviceOp},
+    file::FileDevice,
     log::{Log, LogEvent, Options as LogOptions},
-    recover::{Report, recover_with},
+    recover::{Report, expect_segments, recover_with},
     ring::RingDevice,
 };
 
 use crate::{
-    engine::{OpenError, Shared},
-    inbox::{Delivery, ShardInbox},
-    info::{Info, InfoReply, TaskInfo},
+    engine::{Ended, OpenError, Shared},
+    inbox::ShardInbox,
+    info::{InfoReply, TaskInfo},
     linger::{Linger, take_short_turns},
+    outgoing::Outgoing,
+    quarantine::Quarantine,
     sleep::sleep,
     stats::{Recovery, ShardStats, Stage},
 };
@@ -53,6 +57,8 @@ pub(crate) struct Setup {
     pub(crate) core: CoreOptions,
     pub(crate) log: LogOptions,
     pub(crate) directory: PathBuf,
+    /// The shard has a log already.
+    pub(crate) begun: bool,
     pub(crate) space_bytes_min: u64,
     pub(crate) linger: Duration,
     /// The shard has no core of its own.
@@ -87,8 +93,7 @@ pub(crate) struct ShardLoop {
     snapshot: Cursor,
     inbox: Inbox,
     effects: Effects,
-    /// What could not be delivered yet, per edge.
-    pending: Vec<Option<Box<Delivery>>>,
+    outgoing: Outgoing,
     /// What could not be given to other shards yet.
     to_shards: VecDeque<(ShardId, Control)>,
     lookups: BTreeMap<u64, Lookup>,
@@ -121,15 +126,24 @@ impl ShardLoop {
             take_short_turns();
         }
         let bell = setup.shared.inboxes[usize::from(me.0)].bell.fd();
+        let damaged = |error| OpenError::Recover(vec![Quarantine { shard: me, error }]);
+        let mut seen = FileDevice::new(&setup.directory);
+        // A folder that cannot be read is this shard's trouble; what else keeps the device from opening, everybody's.
+        let listed = if setup.begun {
+            expect_segments(&mut seen)
+        } else {
+            seen.perform(DeviceOp::List).map(drop).map_err(Into::into)
+        };
+        listed.map_err(damaged)?;
         let device = RingDevice::open(&setup.directory, bell).map_err(OpenError::Device)?;
         let registered = device.is_registered();
         let mut shard = Shard::new(setup.core);
         let begun = Instant::now();
-        let (log, report) = recover_with(device, setup.log, &mut shard)
-            .map_err(|error| OpenError::Recover { shard: me, error })?;
+        let (log, report) = recover_with(device, setup.log, &mut shard).map_err(damaged)?;
         let clock = LoggedClock::start(0, wall_ms(), shard.last_logged_ms());
         let mut stats = ShardStats::new(me);
         stats.registered = registered;
+        let outgoing = Outgoing::new(Arc::clone(&setup.shared), me);
         let mut this = ShardLoop {
             shared: setup.shared,
             me,
@@ -138,7 +152,7 @@ impl ShardLoop {
             log,
             inbox: Inbox::default(),
             effects: Effects::default(),
-            pending: Vec::new(),
+            outgoing,
             to_shards: VecDeque::new(),
             lookups: BTreeMap::new(),
             lookup_reads: BTreeMap::new(),
@@ -179,8 +193,8 @@ impl ShardLoop {
     }
 
     /// Logs the configuration that it lacks and says that it is ready, then serves until the engine stops it, flushes
-    /// and closes the log. How many tasks are left running.
-    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) -> u64 {
+    /// and closes the log.
+    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) -> Ended {
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
@@ -201,10 +215,11 @@ impl ShardLoop {
                 self.sleep(now, inbox);
             }
         }
+        let me = self.me;
         let running = self.shard.counters().running;
-        self.close();
+        let failed = self.close().map(|cause| (me, cause));
         drop(gone);
-        running
+        Ended { running, failed }
     }
 
     /// One turn; true if another one should follow at once.
@@ -352,7 +367,7 @@ impl ShardLoop {
                 self.deliver(EdgeId(index as u16), batch);
             }
         }
-        self.flush_pending();
+        self.outgoing.flush();
         self.to_shards.extend(effects.shards.drain(..));
         while let Some((shard, control)) = self.to_shards.pop_front() {
             let inbox = &self.shared.inboxes[usize::from(shard.0)];
@@ -383,7 +398,7 @@ impl ShardLoop {
                         self.stats.log = self.log.stats();
                         self.stats.clock_held = self.clock.held();
                         let reply = InfoReply::Stats(Box::new(self.stats.clone()));
-                        self.inform(connection, ticket, reply);
+                        self.outgoing.inform(connection, ticket, reply);
                     }
                     Reply::Done { .. }
                     | Reply::Leases { .. }
@@ -395,49 +410,8 @@ impl ShardLoop {
             }
         }
         if !batch.is_empty() {
-            self.pending(edge).batch.absorb(batch);
+            self.outgoing.to(edge).batch.absorb(batch);
         }
-    }
-
-    fn pending(&mut self, edge: EdgeId) -> &mut Delivery {
-        let index = usize::from(edge.0);
-        if self.pending.len() <= index {
-            self.pending.resize_with(index + 1, || None);
-        }
-        let outbox = self.shared.edges.get(index).and_then(OnceLock::get);
-        let me = self.me;
-        self.pending[index].get_or_insert_with(|| {
-            if let Some(mut spare) = outbox.and_then(|outbox| outbox.spare.pop()) {
-                spare.shard = me;
-                return spare;
-            }
-            Box::new(Delivery {
-                shard: me,
-                batch: EdgeBatch::default(),
-                infos: Vec::new(),
-            })
-        })
-    }
-
-    /// Hands over what edges have room for. Each batch holds what its edge asked for, so that what is kept here is
-    /// bounded by what edges have in flight.
-    fn flush_pending(&mut self) {
-        for (index, slot) in self.pending.iter_mut().enumerate() {
-            let Some(delivery) = slot.take() else {
-                continue;
-            };
-            if let Some(outbox) = self.shared.edges.get(index).and_then(OnceLock::get) {
-                *slot = outbox.deliver(delivery).err();
-            }
-        }
-    }
-
-    fn inform(&mut self, connection: ConnectionId, ticket: u64, reply: InfoReply) {
-        self.pending(connection.edge()).infos.push(Info {
-            connection,
-            ticket,
-            reply,
-        });
     }
 
     fn look_up(
@@ -516,7 +490,7 @@ impl ShardLoop {
             (None, Some(task)) => InfoReply::Task(Box::new(task)),
             (None, None) => unreachable!("a lookup that is no page has one task"),
         };
-        self.inform(entry.connection, entry.ticket, reply);
+        self.outgoing.inform(entry.connection, entry.ticket, reply);
     }
 
     /// Sleeps until something comes in, a commit ends, or the next timer is due.
@@ -538,7 +512,7 @@ impl ShardLoop {
     }
 
     fn has_undelivered(&self) -> bool {
-        self.pending.iter().any(Option::is_some) || !self.to_shards.is_empty()
+        !self.outgoing.is_empty() || !self.to_shards.is_empty()
     }
 
     fn is_drained(&self) -> bool {
@@ -549,8 +523,8 @@ impl ShardLoop {
             || self.poisoned
     }
 
-    /// Writes the closing batch, so that the next start knows that nothing is missing.
-    fn close(mut self) {
+    /// Writes the closing batch, so that the next start knows that nothing is missing. Why the log has failed, if it has.
+    fn close(mut self) -> Option<String> {
         if !self.poisoned && self.log.can_seal() {
             self.log.close();
         }
@@ -562,7 +536,8 @@ impl ShardLoop {
             }
             self.log.device().wait(Duration::from_millis(10));
         }
-        self.flush_pending();
+        self.outgoing.flush();
+        self.stats.poisoned
     }
 
     fn look_at_space(&mut self, mono_ns: u64) {
@@ -591,7 +566,7 @@ impl ShardLoop {
 }
 
 /// Marks the shard as gone when its thread ends, in a panic too, so that edges answer instead of waiting.
-struct Gone<'a>(&'a ShardInbox);
+pub(crate) struct Gone<'a>(pub(crate) &'a ShardInbox);
 
 impl Drop for Gone<'_> {
     fn drop(&mut self) {

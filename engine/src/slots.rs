@@ -12,6 +12,8 @@ pub struct Lender {
     slots: u32,
     lent: Vec<u32>,
     busy: Vec<u32>,
+    /// Shards that may be lent some.
+    served: Vec<bool>,
     /// Shards that are to be told a new number.
     told: Vec<u32>,
     /// The shard that is served first next time.
@@ -19,11 +21,12 @@ pub struct Lender {
 }
 
 impl Lender {
-    /// Slots over shards, evenly.
-    pub fn new(slots: u32, shards: u16) -> Lender {
-        let shards = usize::from(shards);
+    /// Slots over the shards that are served, evenly; one entry a shard says whether it is.
+    pub fn new(slots: u32, served: Vec<bool>) -> Lender {
+        let shards = served.len();
         let mut lender = Lender {
             slots,
+            served,
             lent: vec![0; shards],
             busy: vec![0; shards],
             told: vec![u32::MAX; shards],
@@ -69,11 +72,13 @@ impl Lender {
 
     /// Moves idle slots to shards that use up theirs, or have none. True if one may want some again soon.
     pub fn rebalance(&mut self) -> bool {
-        let shards = self.lent.len();
-        if shards == 1 {
+        let shards = self.served.iter().filter(|served| **served).count();
+        if shards <= 1 {
             return false;
         }
-        let hungry: Vec<bool> = (0..shards).map(|s| self.busy[s] >= self.lent[s]).collect();
+        let hungry: Vec<bool> = (0..self.lent.len())
+            .map(|s| self.served[s] && self.busy[s] >= self.lent[s])
+            .collect();
         if !hungry.contains(&true) {
             return false;
         }
@@ -112,7 +117,7 @@ impl Lender {
         let shards = self.lent.len();
         let takers: Vec<usize> = (0..shards)
             .map(|i| (self.turn + i) % shards)
-            .filter(|&shard| wants(shard))
+            .filter(|&shard| self.served[shard] && wants(shard))
             .collect();
         if takers.is_empty() {
             return;
@@ -138,7 +143,7 @@ mod tests {
 
     #[test]
     fn slots_are_lent_evenly_and_follow_demand_without_ever_being_lent_twice() {
-        let mut lender = Lender::new(16, 4);
+        let mut lender = Lender::new(16, vec![true; 4]);
         assert_eq!(lender.lent, [4, 4, 4, 4]);
         assert_eq!(lender.changes().len(), 4);
         for _ in 0..4 {
@@ -161,8 +166,22 @@ mod tests {
     }
 
     #[test]
+    fn a_shard_that_is_not_served_is_lent_nothing() {
+        for slots in [1, 7] {
+            let mut lender = Lender::new(slots, vec![true, false, true]);
+            for _ in 0..6 {
+                assert_eq!((lender.lent[1], total(&lender)), (0, slots));
+                lender.rebalance();
+            }
+            lender.hold();
+            lender.resize(slots + 1);
+            assert_eq!((lender.lent[1], total(&lender)), (0, slots + 1));
+        }
+    }
+
+    #[test]
     fn fewer_slots_than_shards_go_round_and_reach_every_shard() {
-        let mut lender = Lender::new(1, 3);
+        let mut lender = Lender::new(1, vec![true; 3]);
         let mut seen = [false; 3];
         for _ in 0..6 {
             for (shard, count) in lender.changes() {
@@ -176,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_slot_that_is_still_busy_where_it_was_taken_back_is_not_lent_again() {
-        let mut lender = Lender::new(2, 2);
+        let mut lender = Lender::new(2, vec![true; 2]);
         lender.on_execute(ShardId(0));
         lender.resize(1);
         assert_eq!(total(&lender), 0, "the one slot is busy on shard 0");

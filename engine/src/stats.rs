@@ -9,6 +9,8 @@ use pelton_core::{
 };
 use pelton_storage::log::LogStats;
 
+use crate::quarantine::Quarantine;
+
 /// The stages that have a histogram, and their units: the parts of a task's way, then what the loop and the log do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
@@ -109,6 +111,8 @@ pub struct ShardStats {
     pub registered: bool,
     /// Why the log takes nothing more.
     pub poisoned: Option<String>,
+    /// The log was found damaged, and the shard is not served.
+    pub quarantined: Option<Quarantine>,
     /// Submits are refused for want of disk space.
     pub disk_full: bool,
     /// The wall clock is more than a minute away from logged time and is not followed.
@@ -129,6 +133,7 @@ impl ShardStats {
             parks: 0,
             registered: true,
             poisoned: None,
+            quarantined: None,
             disk_full: false,
             clock_held: false,
         }

@@ -485,7 +485,7 @@ impl MemoryDevice {
             }
             Some(
                 Failing::Flush
-                | Failing::Read
+                | Failing::Read(_)
                 | Failing::Rot
                 | Failing::LostWrite
                 | Failing::MisdirectedWrite,

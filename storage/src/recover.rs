@@ -132,6 +132,39 @@ impl fmt::Display for RecoverError {
     }
 }
 
+impl RecoverError {
+    /// True if it is the program that does not fit the log: nothing is damaged.
+    pub fn is_of_another_version(&self) -> bool {
+        match self {
+            RecoverError::Version { .. } | RecoverError::Unreadable { .. } => true,
+            RecoverError::Corrupt { .. }
+            | RecoverError::Foreign { .. }
+            | RecoverError::Device(_) => false,
+        }
+    }
+
+    /// File, segment and byte offset, where it is a place in the log.
+    pub fn place(&self) -> Option<(&str, u64, u64)> {
+        match self {
+            RecoverError::Corrupt {
+                file,
+                segment,
+                offset,
+                ..
+            }
+            | RecoverError::Unreadable {
+                file,
+                segment,
+                offset,
+                ..
+            } => Some((file, *segment, *offset)),
+            RecoverError::Version { .. }
+            | RecoverError::Foreign { .. }
+            | RecoverError::Device(_) => None,
+        }
+    }
+}
+
 impl std::error::Error for RecoverError {}
 
 impl From<DeviceError> for RecoverError {

@@ -354,12 +354,6 @@ impl Shard {
     /// A shard whose log has failed answers everything with the reason.
     pub(crate) fn refuse_everything(&mut self, inbox: &mut Inbox, effects: &mut Effects) {
         let counters = || self.counters();
-        refuse::everything(
-            self.options.shard,
-            refuse::FAILED,
-            inbox,
-            counters,
-            effects,
-        );
+        refuse::everything(self.options.shard, refuse::FAILED, inbox, counters, effects);
     }
 }
