@@ -108,7 +108,7 @@ fn main() -> ExitCode {
         Command::Executor(args) => local(command::executor::run(&args, &config)),
         Command::Key(args) => local(command::key::run(&args, &config)),
         Command::Stats(args) => local(command::stats::run(&args, &config)),
-        Command::Doctor(args) => command::doctor::run(&args, &config),
+        Command::Doctor(args) => local(command::doctor::run(&args, &config)),
         Command::Config(args) => command::config::run(&args, &config),
         Command::Demo(args) => return command::demo::run(args),
         Command::Log(args) => return command::log::run(&args),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use clap::Args;
+use pelton_client::Operation;
 use pelton_engine::engine::{default_shards, probe_ring};
 use rustix::{
     fs::{OFlags, statvfs},
@@ -21,8 +22,9 @@ use serde_json::{Value, json};
 
 use crate::{
     command::{
-        connect::Local,
+        connect::{ConnectArgs, Local},
         exit::{Exit, Failure, put, put_json},
+        log::{Judged, judge},
     },
     config::{Config, Layer},
 };
@@ -151,8 +153,9 @@ impl fmt::Display for Check {
 }
 
 /// Prints every check.
-pub fn run(args: &DoctorArgs, config: &Config) -> Result<Exit, Failure> {
+pub async fn run(args: &DoctorArgs, config: &Config) -> Result<Exit, Failure> {
     let mut checks = check(config);
+    checks.extend(check_shards(config).await);
     for check in &mut checks {
         // A server that runs already shows that it can.
         if check.running && check.grade == Grade::Problem {
@@ -275,6 +278,11 @@ fn check_memlock(shards: u16) -> Check {
         ),
     }
 }
+
+/// A larger log is not read by this command.
+const JUDGED_BYTES_MAX: u64 = 4 << 30;
+/// Time for a running server to say how its shards are.
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One block, as the log writes them.
 #[repr(align(4096))]
@@ -428,6 +436,96 @@ fn check_lock(data: &Path) -> (Check, Option<String>) {
     }
 }
 
+/// Whether every shard serves, as the running server says; or whether every log could be served, where none runs.
+async fn check_shards(config: &Config) -> Vec<Check> {
+    let data = &config.data.value;
+    // A state file may be a crashed server's; the lock is not.
+    if check_lock(data).1.is_none() {
+        return match judge(data, JUDGED_BYTES_MAX) {
+            None => Vec::new(),
+            Some(Judged::TooLarge { bytes }) => vec![Check::ok(
+                "log",
+                format!("{}, not read here: `pelton log verify` judges it", size(bytes)),
+            )],
+            Some(Judged::Read(shards)) => {
+                let damaged = shards.iter().filter_map(|(shard, read)| {
+                    let error = read.as_ref().err()?;
+                    Some(not_served(*shard, &error.to_string()))
+                });
+                let damaged: Vec<Check> = damaged.collect();
+                if damaged.is_empty() {
+                    let found = format!("every checksum of {} logs holds", shards.len());
+                    return vec![Check::ok("log", found)];
+                }
+                damaged
+            }
+        };
+    }
+    let connect = ConnectArgs {
+        key: std::env::var("PELTON_KEY").ok(),
+        ..ConnectArgs::default()
+    };
+    let question = json!({});
+    let asked = connect.ask(config, Operation::Stats, &question);
+    match tokio::time::timeout(ASK_TIMEOUT, asked).await {
+        Ok(Ok(stats)) => shards_of(&stats),
+        Ok(Err(failure)) => vec![Check::bad(
+            Grade::Warning,
+            "shards",
+            format!("the server does not say how they are ({failure})"),
+            "set PELTON_KEY to one of its keys",
+        )],
+        Err(_) => vec![Check::bad(
+            Grade::Warning,
+            "shards",
+            format!("the server has not answered for {} s", ASK_TIMEOUT.as_secs()),
+            "ask again, and look at its log",
+        )],
+    }
+}
+
+/// What a server's statistics say of its shards.
+fn shards_of(stats: &Value) -> Vec<Check> {
+    let none = Vec::new();
+    let shards = stats["shards"].as_array().unwrap_or(&none);
+    let mut checks = Vec::new();
+    for shard in shards {
+        let number = shard["shard"].as_u64().unwrap_or_default();
+        if let Some(error) = shard["quarantined"]["error"].as_str() {
+            checks.push(not_served(number as u16, error));
+        }
+        if let Some(cause) = shard["log"]["poisoned"].as_str() {
+            checks.push(Check::bad(
+                Grade::Problem,
+                "log",
+                format!("the log of shard {number} has failed, and the shard serves nobody ({cause})"),
+                "ask the kernel log (dmesg) what the disk has, and restart the server when it is mended",
+            ));
+        }
+        if shard["disk_full"] == true {
+            checks.push(Check::bad(
+                Grade::Warning,
+                "log",
+                format!("shard {number} refuses submits, and goes on with what it has accepted"),
+                "make room: it takes submits again within seconds",
+            ));
+        }
+    }
+    if checks.is_empty() {
+        checks.push(Check::ok("shards", format!("{} serve", shards.len())));
+    }
+    checks
+}
+
+fn not_served(shard: u16, error: &str) -> Check {
+    Check::bad(
+        Grade::Problem,
+        "log",
+        format!("shard {shard} is not served: {error}"),
+        "restart the server when its files are restored; the other shards serve meanwhile",
+    )
+}
+
 fn check_port(listen: SocketAddr, running: Option<&str>) -> Check {
     match UdpSocket::bind(listen) {
         Ok(_) => Check::ok("port", format!("{listen} (UDP) is free")),
@@ -515,6 +613,29 @@ mod tests {
         assert!(of(Step::Open, denied).contains("let this user write there"));
         assert!(of(Step::Write, broken).contains("dmesg"));
         assert!(of(Step::Flush, broken).contains("nothing would be durable"));
+    }
+
+    #[test]
+    fn what_a_server_says_of_its_shards_is_told_with_what_to_do() {
+        let shard = |number: u16, poisoned: Value, full: bool, quarantined: Value| {
+            json!({ "shard": number, "log": { "poisoned": poisoned }, "disk_full": full, "quarantined": quarantined })
+        };
+        let damaged = json!({ "error": "the log is damaged at segment-000001.plt" });
+        let sound = shard(0, Value::Null, false, Value::Null);
+        let checks = shards_of(&json!({ "shards": [sound] }));
+        assert_eq!((checks.len(), checks[0].grade), (1, Grade::Ok));
+        let checks = shards_of(&json!({ "shards": [
+            sound,
+            shard(1, Value::Null, false, damaged),
+            shard(2, "flush: EIO".into(), false, Value::Null),
+            shard(3, Value::Null, true, Value::Null),
+        ] }));
+        let grades: Vec<Grade> = checks.iter().map(|check| check.grade).collect();
+        assert_eq!(grades, [Grade::Problem, Grade::Problem, Grade::Warning]);
+        let said: Vec<String> = checks.iter().map(Check::to_string).collect();
+        assert!(said[0].contains("shard 1 is not served: the log is damaged at segment-000001.plt"));
+        assert!(said[1].contains("shard 2 has failed") && said[1].contains("flush: EIO"));
+        assert!(said[2].contains("shard 3 refuses submits") && said[2].contains("make room"));
     }
 
     #[test]

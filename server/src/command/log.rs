@@ -11,7 +11,10 @@ use clap::{Args, Subcommand};
 use pelton_core::{
     error::Code,
     id::RequestId,
-    record::{self, Record},
+    record::{
+        self, ArchivedConfigRecordV1, ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, Record,
+        Schema,
+    },
     state::State,
 };
 use pelton_storage::{
@@ -19,8 +22,10 @@ use pelton_storage::{
     file::FileDevice,
     format::{BLOCK_BYTES, SegmentHeader},
     log::Options,
-    manifest::{DataDirectory, DirectoryError, Manifest, read_manifest, shard_folder},
-    recover::{Outcome, RecoverError, Report, inspect, records},
+    manifest::{
+        DataDirectory, DirectoryError, Manifest, has_begun, read_manifest, shard_folder,
+    },
+    recover::{Outcome, RecoverError, Report, expect_segments, inspect, records},
     segment::parse_segment_name,
     snapshot::{Judgement, judge_snapshots},
 };
@@ -143,6 +148,9 @@ impl Look {
     ) -> Result<Report, RecoverError> {
         let folder = shard_folder(data, shard);
         let mut device = FileDevice::new(&folder);
+        if has_begun(data) {
+            expect_segments(&mut device)?;
+        }
         let segment_bytes = self.manifest.segment_bytes;
         inspect(&mut device, self.options(shard), &mut |header, batch| {
             let mut failed = None;
@@ -218,7 +226,7 @@ fn verify(place: &Place) -> Result<bool, String> {
     let mut described = Vec::new();
     for &shard in &look.shards {
         let folder = shard_folder(&place.data, shard);
-        let mut counts = [0u64; 6];
+        let mut counts = Counts::default();
         let read = look.read(&place.data, shard, |_, schema, _, _| {
             if let Some(count) = counts.get_mut(usize::from(schema).wrapping_sub(1)) {
                 *count += 1;
@@ -246,13 +254,13 @@ fn verify(place: &Place) -> Result<bool, String> {
                         at.0 % look.manifest.segment_bytes
                     ),
                 };
-                let [tasks, leases, outcomes, moves, configs, clocks] = counts;
                 println!(
-                    "shard {shard}: {ended}; {} segments, {} batches, {} records, {} bytes\n  \
-                     {tasks} tasks, {leases} leases, {outcomes} outcomes, {moves} moves, {configs} config, \
-                     {clocks} clock",
+                    "shard {shard}: {ended}; {} segments, {} batches, {} records, {} bytes",
                     report.segments, report.batches, report.records, report.bytes
                 );
+                let counts = counts.iter().zip(KINDS);
+                let counts: Vec<String> = counts.map(|(n, kind)| format!("{n} {kind}")).collect();
+                println!("  {}", counts.join(", "));
             }
             Err(RecoverError::Corrupt {
                 file,
@@ -294,7 +302,7 @@ fn verify(place: &Place) -> Result<bool, String> {
         println!("every checksum and every record holds");
     } else {
         println!(
-            "nothing was changed; no server starts on it: restore the directory from a backup"
+            "nothing was changed; a server that starts on it does not serve what is damaged: restore that from a backup"
         );
     }
     Ok(sound && snapshots_sound)
@@ -309,16 +317,60 @@ fn describe_snapshot(snapshot: &Judgement) -> Value {
     })
 }
 
-fn describe(shard: u16, read: &Result<Report, RecoverError>, counts: &[u64; 6]) -> Value {
+/// Records by schema, in the order of [`KINDS`].
+type Counts = [u64; KINDS.len()];
+
+/// What the records of each schema are called, by its number.
+const KINDS: [&str; Schema::ALL.len()] = [
+    "tasks",
+    "leases",
+    "outcomes",
+    "moves",
+    "configs",
+    "clocks",
+    "relocated_tasks",
+    "relocated_outcomes",
+    "relocated_names",
+];
+
+/// Reads and judges the logs of a directory that nobody uses; `None` where there is none or somebody does. More than so
+/// many bytes of log are not read.
+pub(crate) fn judge(data: &Path, bytes_max: u64) -> Option<Judged> {
+    let place = Place {
+        data: data.to_owned(),
+        shard: None,
+        json: false,
+    };
+    read_manifest(data).ok().flatten()?;
+    let look = Look::at(&place).ok().filter(|look| !look.in_use)?;
+    let files = |shard| fs::read_dir(shard_folder(data, shard)).into_iter().flatten();
+    let bytes = look.shards.iter().flat_map(|&shard| files(shard)).flatten();
+    let bytes = bytes
+        .filter_map(|file| Some(file.metadata().ok()?.len()))
+        .sum();
+    if bytes > bytes_max {
+        return Some(Judged::TooLarge { bytes });
+    }
+    let read = |&shard: &u16| look.read(data, shard, |_, _, _, _| Ok(()));
+    let judged = look.shards.iter().map(|shard| (*shard, read(shard)));
+    Some(Judged::Read(judged.collect()))
+}
+
+/// What [`judge`] comes to.
+pub(crate) enum Judged {
+    Read(Vec<(u16, Result<Report, RecoverError>)>),
+    TooLarge { bytes: u64 },
+}
+
+fn describe(shard: u16, read: &Result<Report, RecoverError>, counts: &Counts) -> Value {
     match read {
         Ok(report) => {
-            let [tasks, leases, outcomes, moves, configs, clocks] = counts;
             let (outcome, torn_at) = match report.outcome {
                 Outcome::Empty => ("empty", None),
                 Outcome::Clean => ("clean", None),
                 Outcome::TornTail { at } => ("torn_tail", Some(at.0)),
             };
-            json!({
+            let mut described = json!({
                 "shard": shard,
                 "outcome": outcome,
                 "torn_at": torn_at,
@@ -326,13 +378,11 @@ fn describe(shard: u16, read: &Result<Report, RecoverError>, counts: &[u64; 6]) 
                 "batches": report.batches,
                 "records": report.records,
                 "bytes": report.bytes,
-                "tasks": tasks,
-                "leases": leases,
-                "outcomes": outcomes,
-                "moves": moves,
-                "configs": configs,
-                "clocks": clocks,
-            })
+            });
+            for (count, kind) in counts.iter().zip(KINDS) {
+                described[kind] = (*count).into();
+            }
+            described
         }
         Err(error) => {
             let mut described = json!({
@@ -340,23 +390,11 @@ fn describe(shard: u16, read: &Result<Report, RecoverError>, counts: &[u64; 6]) 
                 "outcome": "not_readable",
                 "error": error.to_string(),
             });
-            if let RecoverError::Corrupt {
-                file,
-                segment,
-                offset,
-                ..
-            }
-            | RecoverError::Unreadable {
-                file,
-                segment,
-                offset,
-                ..
-            } = error
-            {
+            if let Some((file, segment, offset)) = error.place() {
                 described["outcome"] = "damaged".into();
-                described["file"] = file.clone().into();
-                described["segment"] = (*segment).into();
-                described["offset"] = (*offset).into();
+                described["file"] = file.into();
+                described["segment"] = segment.into();
+                described["offset"] = offset.into();
             }
             described
         }
@@ -414,120 +452,184 @@ struct Row<'a> {
 
 impl<'a> Row<'a> {
     fn of(record: &'a Record<'_>) -> Row<'a> {
-        let token = |generation: u16, attempt: u16| format!("{generation}.{attempt}");
-        let state = |number: u8| match State::from_number(number) {
-            Some(state) => state.name().to_owned(),
-            None => number.to_string(),
+        let mut row = Row {
+            name: "",
+            request: None,
+            fields: Vec::new(),
+            bytes: None,
         };
-        let mut fields = Vec::new();
-        let mut put = |name, value: Value| fields.push((name, value));
-        let (name, request, bytes) = match record {
+        match record {
             Record::Task(task) => {
-                put("tenant", task.tenant.to_native().into());
-                put("function", task.function.to_native().into());
-                if !task.task_id.is_empty() {
-                    put("task_id", (&*task.task_id).into());
-                }
-                if !task.key.is_empty() {
-                    put("key", (&*task.key).into());
-                }
-                if task.due_ms.to_native() > 0 {
-                    put("due_ms", task.due_ms.to_native().into());
-                }
-                put("payload_bytes", task.payload.len().into());
-                ("task", Some(task.request()), Some(&*task.payload))
+                row.name = "task";
+                row.task(task);
             }
             Record::Lease(lease) => {
-                let generation = lease.generation.to_native();
-                put("token", token(generation, lease.attempt.to_native()).into());
-                put("at_ms", lease.at_ms.to_native().into());
+                row.name = "lease";
+                row.request = Some(RequestId(lease.request.to_native()));
+                row.token(lease.generation.to_native(), lease.attempt.to_native());
+                row.put("at_ms", lease.at_ms.to_native());
                 let executor = format!("{:016x}", lease.executor.to_native());
-                put("executor", executor.into());
-                ("lease", Some(RequestId(lease.request.to_native())), None)
+                row.put("executor", executor);
             }
             Record::Outcome(outcome) => {
-                let generation = outcome.generation.to_native();
-                let attempt = outcome.attempt.to_native();
-                put("token", token(generation, attempt).into());
-                put("state", state(outcome.state).into());
-                put("at_ms", outcome.at_ms.to_native().into());
-                if outcome.due_ms.to_native() > 0 {
-                    put("due_ms", outcome.due_ms.to_native().into());
-                }
-                let code = outcome.code.to_native();
-                if code != 0 {
-                    let name = Code::from_number(code).map(|code| code.name().to_owned());
-                    put("code", name.unwrap_or_else(|| code.to_string()).into());
-                    put("error", (&*outcome.error).into());
-                }
-                put("result_bytes", outcome.result.len().into());
-                let request = RequestId(outcome.request.to_native());
-                ("outcome", Some(request), Some(&*outcome.result))
+                row.name = "outcome";
+                row.outcome(outcome);
             }
             Record::Move(moved) => {
-                put("state", state(moved.state).into());
-                put("at_ms", moved.at_ms.to_native().into());
-                ("move", Some(RequestId(moved.request.to_native())), None)
+                row.name = "move";
+                row.request = Some(RequestId(moved.request.to_native()));
+                row.state(moved.state);
+                row.put("at_ms", moved.at_ms.to_native());
             }
             Record::Config(config) => {
-                let kind = match config.kind {
-                    1 => "tenant",
-                    2 => "function",
-                    3 => "function_removed",
-                    _ => "unknown",
-                };
-                put("kind", kind.into());
-                put("version", config.version.to_native().into());
-                put("tenant", config.tenant.to_native().into());
-                if config.kind != 1 {
-                    put("function", config.function.to_native().into());
-                }
-                put("name", (&*config.name).into());
-                ("config", None, None)
+                row.name = "config";
+                row.config(config);
             }
             Record::RelocatedTask(relocated) => {
-                put("from", relocated.from.to_native().into());
-                put("state", state(relocated.state).into());
+                row.name = "relocated_task";
+                row.put("from", relocated.from.to_native());
+                row.state(relocated.state);
                 let generation = relocated.generation.to_native();
-                let attempt = relocated.attempt.to_native();
-                put("token", token(generation, attempt).into());
-                put("at_ms", relocated.at_ms.to_native().into());
-                if relocated.due_ms.to_native() > 0 {
-                    put("due_ms", relocated.due_ms.to_native().into());
-                }
-                let payload = &*relocated.task.payload;
-                put("payload_bytes", payload.len().into());
-                let request = relocated.task.request();
-                ("relocated_task", Some(request), Some(payload))
+                row.token(generation, relocated.attempt.to_native());
+                row.put("at_ms", relocated.at_ms.to_native());
+                row.some("retries", relocated.retries.into());
+                row.some("outcome", relocated.outcome.to_native());
+                row.some("outcome_bytes", relocated.outcome_bytes.to_native().into());
+                row.some("holds_key", relocated.holds_key.into());
+                row.task(&relocated.task);
+                // These of the task's own were overtaken.
+                let overtaken = |name: &str| name == "due_ms" || name == "max_age_s";
+                row.fields.retain(|(name, _)| !overtaken(name));
+                row.some("due_ms", relocated.due_ms.to_native());
+                row.some("max_age_s", relocated.max_age_s.to_native().into());
             }
             Record::RelocatedOutcome(relocated) => {
-                put("from", relocated.from.to_native().into());
-                put("state", state(relocated.outcome.state).into());
-                let result = &*relocated.outcome.result;
-                put("result_bytes", result.len().into());
-                let request = RequestId(relocated.outcome.request.to_native());
-                ("relocated_outcome", Some(request), Some(result))
+                row.name = "relocated_outcome";
+                row.put("from", relocated.from.to_native());
+                row.outcome(&relocated.outcome);
             }
             Record::RelocatedName(name) => {
-                put("function", name.function.to_native().into());
-                put("task_id", (&*name.task_id).into());
-                if !name.key.is_empty() {
-                    put("key", (&*name.key).into());
-                }
-                let request = RequestId(name.request.to_native());
-                ("relocated_name", Some(request), None)
+                row.name = "relocated_name";
+                row.request = Some(RequestId(name.request.to_native()));
+                row.put("function", name.function.to_native());
+                row.put("task_id", &*name.task_id);
+                row.text("key", &name.key);
+                row.hash(name.payload_hash.to_native());
             }
             Record::Clock(clock) => {
-                put("logged_ms", clock.logged_ms.to_native().into());
-                put("next_seq", clock.next_seq.to_native().into());
-                ("clock", None, None)
+                row.name = "clock";
+                row.put("logged_ms", clock.logged_ms.to_native());
+                row.put("next_seq", clock.next_seq.to_native());
             }
+        }
+        row
+    }
+
+    fn put(&mut self, name: &'static str, value: impl Into<Value>) {
+        self.fields.push((name, value.into()));
+    }
+
+    /// A number that is left out where it is 0.
+    fn some(&mut self, name: &'static str, value: u64) {
+        if value > 0 {
+            self.put(name, value);
+        }
+    }
+
+    /// A text that is left out where it is empty.
+    fn text(&mut self, name: &'static str, value: &str) {
+        if !value.is_empty() {
+            self.put(name, value);
+        }
+    }
+
+    fn token(&mut self, generation: u16, attempt: u16) {
+        self.put("token", format!("{generation}.{attempt}"));
+    }
+
+    fn state(&mut self, number: u8) {
+        let known = State::from_number(number).map(|state| state.name().to_owned());
+        self.put("state", known.unwrap_or_else(|| number.to_string()));
+    }
+
+    fn hash(&mut self, hash: u64) {
+        if hash != 0 {
+            self.put("payload_hash", format!("{hash:016x}"));
+        }
+    }
+
+    fn task(&mut self, task: &'a ArchivedTaskRecordV1<'_>) {
+        self.request = Some(task.request());
+        self.put("tenant", task.tenant.to_native());
+        self.put("function", task.function.to_native());
+        self.text("task_id", &task.task_id);
+        self.text("key", &task.key);
+        self.some("due_ms", task.due_ms.to_native());
+        self.some("max_age_s", task.max_age_s.to_native().into());
+        self.put("cost", task.cost.to_native());
+        self.some("priority", task.priority.into());
+        let memory = task.durability == 1;
+        self.put("durability", if memory { "memory" } else { "disk" });
+        self.text("content_type", &task.content_type);
+        self.text("traceparent", &task.traceparent);
+        let tags: Vec<_> = record::tags(&task.tags)
+            .map(String::from_utf8_lossy)
+            .collect();
+        if !tags.is_empty() {
+            self.put("tags", tags.join(","));
+        }
+        self.hash(task.payload_hash.to_native());
+        self.put("payload_bytes", task.payload.len());
+        self.bytes = Some(&task.payload);
+    }
+
+    fn outcome(&mut self, outcome: &'a ArchivedOutcomeRecordV1<'_>) {
+        self.request = Some(RequestId(outcome.request.to_native()));
+        let generation = outcome.generation.to_native();
+        self.token(generation, outcome.attempt.to_native());
+        self.state(outcome.state);
+        self.put("at_ms", outcome.at_ms.to_native());
+        self.some("due_ms", outcome.due_ms.to_native());
+        self.some("retries", outcome.retries.into());
+        let code = outcome.code.to_native();
+        if code != 0 {
+            let name = Code::from_number(code).map(|code| code.name().to_owned());
+            self.put("code", name.unwrap_or_else(|| code.to_string()));
+        }
+        self.text("error", &outcome.error);
+        self.text("output", &String::from_utf8_lossy(&outcome.output));
+        self.put("result_bytes", outcome.result.len());
+        self.bytes = Some(&outcome.result);
+    }
+
+    fn config(&mut self, config: &ArchivedConfigRecordV1<'_>) {
+        let kind = match config.kind {
+            1 => "tenant",
+            2 => "function",
+            3 => "function_removed",
+            _ => "unknown",
         };
-        Row {
-            name,
-            request,
-            fields,
-            bytes,
+        self.put("kind", kind);
+        self.put("version", config.version.to_native());
+        self.put("name", &*config.name);
+        if config.kind != 3 {
+            self.put("tenant", config.tenant.to_native());
+        }
+        if config.kind != 1 {
+            self.put("function", config.function.to_native());
+        }
+        self.some("weight", config.weight.to_native().into());
+        self.some("waiting_max", config.waiting_max.to_native());
+        self.some("concurrency", config.concurrency.to_native().into());
+        self.some("retries", config.retries.into());
+        self.some("backoff_ms_min", config.backoff_ms_min.to_native().into());
+        self.some("backoff_ms_max", config.backoff_ms_max.to_native().into());
+        self.some("max_age_s", config.max_age_s.to_native().into());
+        self.some("timeout_ms", config.timeout_ms.to_native().into());
+        if config.kind == 2 {
+            let hold = config.on_failure == 1;
+            self.put("on_failure", if hold { "hold" } else { "continue" });
+            self.put("paused", config.paused == 1);
         }
     }
 

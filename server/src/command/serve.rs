@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Args;
-use pelton_engine::{Engine, Options, engine::Closed};
+use pelton_engine::{Closed, Engine, Options, Quarantine};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -126,25 +126,39 @@ fn serve(config: &Config) -> Result<(), String> {
     let running = Edges::start(Arc::clone(&engine), keys, settings).map_err(|e| e.to_string())?;
     let _state = State::write(data, running.local_addr(), &certificate)?;
     let records: u64 = engine.reports().iter().map(|report| report.records).sum();
+    let quarantined: Vec<&Quarantine> = engine.quarantined().collect();
     println!(
-        "listening on quic://{}, data {}, {} shards, {} edges, {} records read, ready in {} ms",
+        "listening on quic://{}, data {}, {} shards{}, {} edges, {} records read, ready in {} ms",
         running.local_addr(),
         data.display(),
         engine.shard_count(),
+        match quarantined.len() {
+            0 => String::new(),
+            count => format!(" ({count} of them quarantined: see below)"),
+        },
         edges,
         records,
         start.elapsed().as_millis()
     );
+    for quarantine in &quarantined {
+        println!("QUARANTINED, the other shards serve: {quarantine}");
+    }
     signals.wait();
     let end = Instant::now();
     running.stop(GRACE);
     let closed = engine.close(GRACE);
-    println!("{}", closing_line(end.elapsed(), closed));
+    for quarantine in &quarantined {
+        println!("was not served: {quarantine}");
+    }
+    for (shard, why) in &closed.failed {
+        println!("the log of shard {} had failed: {why}", shard.0);
+    }
+    println!("{}", closing_line(end.elapsed(), &closed));
     Ok(())
 }
 
 /// What the server says last: nothing that runs is interrupted by its end.
-fn closing_line(took: Duration, closed: Closed) -> String {
+fn closing_line(took: Duration, closed: &Closed) -> String {
     let running = match closed.running {
         0 => "no task is left running".to_owned(),
         1 => "1 task is left running with its executor".to_owned(),
@@ -224,10 +238,11 @@ mod tests {
             let took = Duration::from_millis(12);
             closing_line(
                 took,
-                Closed {
+                &Closed {
                     complete,
                     took,
                     running,
+                    failed: Vec::new(),
                 },
             )
         };

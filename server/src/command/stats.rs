@@ -48,7 +48,7 @@ fn render(stats: &Value) -> String {
         .collect();
     let heads: Vec<&str> = heads.iter().map(String::as_str).collect();
 
-    let mut text = String::new();
+    let mut text = troubles(shards);
     let mut tasks = Table::new(["TASKS", ">ALL"].into_iter().chain(heads.iter().copied()));
     for (name, total) in stats["totals"].as_object().into_iter().flatten() {
         let all = [name.replace('_', " "), cell(total)].into_iter();
@@ -63,7 +63,12 @@ fn render(stats: &Value) -> String {
     let names = shards.first().and_then(|shard| shard["log"].as_object());
     for name in names.into_iter().flatten().map(|(name, _)| name) {
         let row = [name.replace('_', " ")].into_iter();
-        log.row(row.chain(shards.iter().map(|shard| cell(&shard["log"][name]))));
+        let failed = |shard: &Value| match &shard["log"][name] {
+            // Why it has failed stands above.
+            Value::String(_) if name == "poisoned" => "true".to_owned(),
+            value => cell(value),
+        };
+        log.row(row.chain(shards.iter().map(failed)));
     }
     for name in ["turns", "parks", "disk_full", "clock_held"] {
         let row = [name.replace('_', " ")].into_iter();
@@ -80,6 +85,32 @@ fn render(stats: &Value) -> String {
         cell(&edge["executors"])
     ));
     text
+}
+
+/// A line for each shard that does not serve, and for each that takes no submits; then an empty one.
+fn troubles(shards: &[Value]) -> String {
+    let mut lines = String::new();
+    for shard in shards {
+        let number = cell(&shard["shard"]);
+        if let Some(why) = shard["quarantined"]["error"].as_str() {
+            lines += &format!("shard {number} is QUARANTINED, the others serve: {why}\n");
+        }
+        if let Some(why) = shard["log"]["poisoned"].as_str() {
+            lines += &format!(
+                "the log of shard {number} has FAILED, the others serve: {why}; what the disk has says the kernel log \
+                 (dmesg); restart the server when it is mended\n"
+            );
+        }
+        if shard["disk_full"] == true {
+            lines += &format!(
+                "shard {number} refuses submits: the disk is FULL, or fuller than limits.space_bytes_min allows\n"
+            );
+        }
+    }
+    if !lines.is_empty() {
+        lines.push('\n');
+    }
+    lines
 }
 
 /// The histograms, one stage after the other in the order of a task's way.
@@ -152,6 +183,27 @@ fn duration(us: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shard_that_does_not_serve_comes_first() {
+        let sound = json!({ "shard": 0, "log": { "poisoned": null }, "disk_full": false, "quarantined": null });
+        let shards = [
+            sound.clone(),
+            json!({ "shard": 1, "log": { "poisoned": null }, "disk_full": false, "quarantined": {
+                "error": "the log is damaged at segment-000001.plt, segment 1, byte offset 12288",
+                "file": "segment-000001.plt", "segment": 1, "offset": 12288,
+            } }),
+            json!({ "shard": 2, "log": { "poisoned": "flush /data: EIO" }, "disk_full": true, "quarantined": null }),
+        ];
+        let text = render(&json!({ "totals": {}, "shards": shards, "edge": {} }));
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[0].starts_with("shard 1 is QUARANTINED, the others serve: "));
+        assert!(lines[0].ends_with("segment-000001.plt, segment 1, byte offset 12288"));
+        assert!(lines[1].starts_with("the log of shard 2 has FAILED, the others serve: flush /data: EIO;"));
+        assert!(lines[2].starts_with("shard 2 refuses submits: the disk is FULL"));
+        assert_eq!(lines[3], "");
+        assert_eq!(troubles(&[sound]), "");
+    }
 
     #[test]
     fn every_figure_is_in_the_table() {

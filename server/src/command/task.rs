@@ -449,6 +449,12 @@ async fn list(args: &ListArgs, config: &Config) -> Result<Exit, Failure> {
     } else {
         put(table.render())?;
     }
+    if let Some(shards) = page["unserved_shards"].as_array() {
+        eprintln!(
+            "{} of the shards are quarantined, and their tasks are not in the list: `pelton stats` says why",
+            shards.len()
+        );
+    }
     if let Some(cursor) = page["cursor"].as_str() {
         eprintln!("more: --cursor {cursor}");
     }

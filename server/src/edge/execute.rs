@@ -128,7 +128,7 @@ impl Session {
                 Code::Ok,
                 Some(Offered {
                     function,
-                    lender: Lender::new(slots, hub.edge.shard_count()),
+                    lender: Lender::new(slots, hub.edge.served()),
                     running: 0,
                 }),
             ),

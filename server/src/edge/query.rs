@@ -13,6 +13,7 @@ use pelton_core::{
     state::State,
 };
 use pelton_engine::{
+    Quarantine,
     info::{InfoReply, TaskInfo, sum},
     stats::{ShardStats, Stage},
 };
@@ -510,8 +511,14 @@ impl Session {
         };
         let mut tasks = Vec::new();
         let mut looks = 0;
+        let served = hub.edge.served();
         while shard < hub.edge.shard_count() && (tasks.len() as u32) < limit && looks < LOOKS_MAX {
             looks += 1;
+            if !served[usize::from(shard)] {
+                // The answer says that its tasks are not in it.
+                (shard, cursor) = (shard + 1, 0);
+                continue;
+            }
             let filter = Filter {
                 state,
                 function,
@@ -540,7 +547,13 @@ impl Session {
             }
         }
         let next = (shard < hub.edge.shard_count()).then(|| format!("{shard}-{cursor}"));
-        Ok(json!({ "tasks": tasks, "cursor": next }))
+        let unserved = served.iter().enumerate().filter(|(_, served)| !**served);
+        let mut page = json!({ "tasks": tasks, "cursor": next });
+        let unserved: Vec<usize> = unserved.map(|(shard, _)| shard).collect();
+        if !unserved.is_empty() {
+            page["unserved_shards"] = unserved.into();
+        }
+        Ok(page)
     }
 
     fn function_id(&self, hub: &Hub, tenant: TenantId, name: &str) -> Result<FunctionId, Refusal> {
@@ -760,8 +773,20 @@ fn describe_shard(stats: &ShardStats) -> Value {
     described["turns"] = stats.turns.into();
     described["parks"] = stats.parks.into();
     described["disk_full"] = stats.disk_full.into();
+    described["quarantined"] = stats.quarantined.as_ref().map(describe_quarantine).into();
     described["clock_held"] = stats.clock_held.into();
     described
+}
+
+/// Where a shard's log is damaged; the same in `server.json` and in the answer to the statistics.
+pub(crate) fn describe_quarantine(quarantine: &Quarantine) -> Value {
+    let place = quarantine.error.place();
+    json!({
+        "error": quarantine.error.to_string(),
+        "file": place.map(|(file, _, _)| file),
+        "segment": place.map(|(_, segment, _)| segment),
+        "offset": place.map(|(_, _, offset)| offset),
+    })
 }
 
 fn texts<'v>(value: &'v Value, field: &str) -> Result<Vec<&'v str>, Refusal> {

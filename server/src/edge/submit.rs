@@ -31,7 +31,8 @@ const FULL: &str = "the engine takes no more at the moment: try again later";
 struct Resolved<'r> {
     id: FunctionId,
     function: &'r Function,
-    home: ShardId,
+    /// Where its tasks without key and name go.
+    home: (CellId, ShardId),
 }
 
 /// What a frame becomes.
@@ -97,10 +98,11 @@ impl Session {
             let name = view.function(index as u8);
             *place = name.zip(tenant).and_then(|(name, tenant)| {
                 let (id, function) = routes.function(tenant, name)?;
+                let cell = routes.home_of(function);
                 Some(Resolved {
                     id,
                     function,
-                    home: routes.shard_of(function.home),
+                    home: (cell, routes.shard_of(cell)),
                 })
             });
         }
@@ -239,7 +241,7 @@ fn place(
     task: &wire::SubmitTask<'_>,
 ) -> (CellId, ShardId) {
     if task.key.is_none() && task.task_id.is_none() {
-        return (resolved.function.home, resolved.home);
+        return resolved.home;
     }
     let cell = routes.cell_of(
         resolved.function,
