@@ -3,7 +3,7 @@
 mod rig;
 
 use pelton_core::{
-    config::{FunctionConfig, OnFailure, TenantConfig, Wish},
+    config::{Change, FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
     event::{Control, Effects, Outcome, OutcomeBatch, Query, Reply, Span, Start, Target, Verdict},
     id::{ConnectionId, FunctionId, RequestId, ShardId, TenantId, Token},
@@ -1173,6 +1173,73 @@ fn a_failed_log_refuses_everybody_who_waits() {
     refused.sort_unstable();
     assert_eq!(refused, [1, 2, 3, 4, 5]);
     assert_eq!(rig.shard.next_wake_ns(), None);
+}
+
+#[test]
+fn a_failed_log_has_outcomes_kept_and_holds_up_no_configuration() {
+    let mut rig = Rig::new(Options {
+        shard: ShardId(1),
+        shards: 2,
+        segment_bytes: 8 << 20,
+        ..Options::default()
+    });
+    let change = |version| Control::Apply {
+        version,
+        change: Change::Tenant {
+            id: TenantId(version as u32 - 1),
+            name: format!("t{version}"),
+            config: TenantConfig::default(),
+        },
+    };
+    let outcomes = |ticket, count| {
+        let outcome = Outcome {
+            request: RequestId(7),
+            token: Token::default(),
+            verdict: Verdict::Succeeded,
+            code: Code::Ok,
+            run_us: 0,
+            error: Span::default(),
+            output: Span::default(),
+            result: Span::default(),
+        };
+        Control::Outcomes(OutcomeBatch {
+            connection: WORKER,
+            ticket,
+            outcomes: vec![outcome; count],
+            bytes: Vec::new(),
+            done: 0,
+            refused: Vec::new(),
+        })
+    };
+    // On their way to the disk when it fails, and later: a change, and outcomes of which none has a task.
+    let mut effects = Effects::default();
+    rig.inbox.control.extend([change(1), outcomes(1, 2)]);
+    rig.step(None);
+    rig.shard.on_poisoned(&mut effects);
+    rig.inbox.control.extend([change(2), outcomes(2, 3)]);
+    rig.step(None);
+    let (acks, shards) = (&mut effects.edges[0].acks, &mut effects.shards);
+    acks.append(&mut rig.out.acks);
+    shards.append(&mut rig.sent);
+    let applied: Vec<u64> = shards
+        .iter()
+        .filter_map(|(to, control)| match control {
+            Control::Applied {
+                shard: ShardId(1),
+                version,
+            } if *to == ShardId(0) => Some(*version),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(applied, [1, 2]);
+    let [first, second] = &acks[..] else {
+        panic!("{acks:?}");
+    };
+    // What is stale is stale whatever the disk says; the rest is presented again.
+    let stale = vec![(0, Code::StaleLease), (1, Code::StaleLease)];
+    assert_eq!((first.ticket, &first.refused), (1, &stale));
+    let kept: Vec<_> = (0..3).map(|index| (index, Code::Unavailable)).collect();
+    assert_eq!((second.ticket, &second.refused), (2, &kept));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use pelton_core::{
 use pelton_storage::memory::Random;
 
 use crate::{
-    oracle::{Check, ack_fits, broken, result_of},
+    oracle::{Check, ack_fits, broken, require, result_of},
     swarm::Plan,
     world::{Happening, World, function_name, tenant_name},
 };
@@ -489,11 +489,28 @@ impl World {
         );
     }
 
+    /// A shard whose log has failed says of every outcome that it is to be kept, or that it is stale: for the executor
+    /// that is as if nothing had been said.
+    fn outcomes_are_kept(&self, ack: &OutcomeAck) -> Check {
+        if let Some(sending) = self.sendings.get(&(ack.connection, ack.ticket)) {
+            ack_fits(ack, sending.outcomes.len())?;
+        }
+        let said = |code: &Code| matches!(code, Code::Unavailable | Code::StaleLease);
+        require(
+            ack.refused.len() == ack.count as usize && ack.refused.iter().all(|(_, c)| said(c)),
+            "a_failed_log_is_told",
+            || format!("a shard with a failed log confirms {ack:?}"),
+        )
+    }
+
     pub(crate) fn acknowledgement_leaves(&mut self, shard: usize, ack: OutcomeAck) -> Check {
         self.trace
             .event(self.now_ns, &[33, shard as u64, ack.ticket], || {
                 format!("shard {shard} confirms {ack:?}")
             });
+        if self.hosts[shard].poisoned {
+            return self.outcomes_are_kept(&ack);
+        }
         let Some(sending) = self.sendings.remove(&(ack.connection, ack.ticket)) else {
             return broken(
                 "answered_once",
