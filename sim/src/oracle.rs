@@ -37,7 +37,11 @@ pub fn broken(invariant: &'static str, sentence: String) -> Check {
     })
 }
 
-pub(crate) fn require(holds: bool, invariant: &'static str, sentence: impl FnOnce() -> String) -> Check {
+pub(crate) fn require(
+    holds: bool,
+    invariant: &'static str,
+    sentence: impl FnOnce() -> String,
+) -> Check {
     if holds {
         Ok(())
     } else {

@@ -32,6 +32,8 @@ use crate::{
     snapshot::{Begin, Read, Reading, is_temporary_name, parse_snapshot_name},
 };
 
+const SEGMENT_MISSING: &str = "a segment that holds live data is missing";
+
 /// Named in the place of a file that should be there.
 const NO_FILE: &str = "(no file)";
 
@@ -140,6 +142,17 @@ impl RecoverError {
             RecoverError::Corrupt { .. }
             | RecoverError::Foreign { .. }
             | RecoverError::Device(_) => false,
+        }
+    }
+
+    /// The file, where it is one.
+    pub fn file(&self) -> Option<&str> {
+        match self {
+            RecoverError::Corrupt { file, .. }
+            | RecoverError::Unreadable { file, .. }
+            | RecoverError::Version { file, .. }
+            | RecoverError::Foreign { file } => Some(file),
+            RecoverError::Device(_) => None,
         }
     }
 
@@ -704,6 +717,10 @@ fn find_range<D: Device>(
                 survey.start_of(number),
                 "the first batch is unreadable, and later ones say that it was durable",
             )),
+            // One is prepared ahead only behind one that has a batch.
+            Some((&number, _)) if number > 1 => {
+                Err(survey.corrupt(survey.start_of(number - 1), SEGMENT_MISSING))
+            }
             _ => Ok(None),
         };
     };
@@ -737,12 +754,13 @@ fn find_range<D: Device>(
             "the last segment says that it is not needed any more itself",
         ));
     }
-    let missing = (first..=begun).find(|number| !survey.segments.contains_key(number));
+    // Segments are prepared one after the other: what lies behind a gap tells of one that was there, also where none of
+    // these has a batch yet.
+    let ahead = survey.segments.last_key_value();
+    let last = ahead.map_or(begun, |(&number, _)| number);
+    let missing = (first..=last).find(|number| !survey.segments.contains_key(number));
     if let Some(missing) = missing {
-        return Err(survey.corrupt(
-            survey.start_of(missing),
-            "a segment that holds live data is missing",
-        ));
+        return Err(survey.corrupt(survey.start_of(missing), SEGMENT_MISSING));
     }
     Ok(Some(Range {
         first,

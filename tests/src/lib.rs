@@ -1,7 +1,7 @@
 //! Whole-system tests: real processes, real sockets, a real disk.
 //!
 //! Reading order: `server` runs `pelton serve` as a child; `deadline` waits for what is to become true; `worker` runs
-//! functions in this process and counts their attempts; `raw` speaks single frames. The tests are in `tests/`. `chaos` is
+//! functions in this process and counts their attempts; `disk` is a file system to fill and break; `raw` speaks single frames. The tests are in `tests/`. `chaos` is
 //! the kill loop, whose program is `pelton-chaos`.
 
 pub mod deadline;
@@ -10,10 +10,13 @@ pub mod server;
 
 pub mod worker;
 
+pub mod disk;
+
 pub mod raw;
 
 pub mod chaos;
 
 pub use deadline::{PATIENCE, eventually};
-pub use server::{Server, ServerOptions};
+pub use disk::Disk;
+pub use server::{Server, ServerOptions, pelton};
 pub use worker::Worker;

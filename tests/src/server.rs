@@ -40,6 +40,7 @@ impl Default for ServerOptions {
 pub struct Server {
     folder: TempDir,
     options: ServerOptions,
+    variables: Vec<(&'static str, String)>,
     child: Option<Child>,
     state: State,
 }
@@ -53,23 +54,34 @@ struct State {
 impl Server {
     /// Starts a server on a free port and waits until it listens.
     pub fn start(options: ServerOptions) -> Server {
+        let mut server = Server::prepared(options);
+        server.run();
+        server
+    }
+
+    /// A server that has not been started: [`Server::restart`] does.
+    pub fn prepared(options: ServerOptions) -> Server {
         let base = target().join("test-data");
         fs::create_dir_all(&base).expect("the target folder can be written");
         let folder = tempfile::Builder::new()
             .prefix("server-")
             .tempdir_in(&base)
             .expect("the target folder can be written");
-        let mut server = Server {
+        Server {
             folder,
             options,
+            variables: Vec::new(),
             child: None,
             state: State {
                 address: SocketAddr::from(([127, 0, 0, 1], 0)),
                 trust: Trust::Fingerprint([0; 32]),
             },
-        };
-        server.run();
-        server
+        }
+    }
+
+    /// Has its next starts see this environment variable.
+    pub fn set(&mut self, name: &'static str, value: impl ToString) {
+        self.variables.push((name, value.to_string()));
     }
 
     /// Starts the server again on the same data and the same port. It must not be running.
@@ -107,6 +119,7 @@ impl Server {
             .arg(self.data())
             .arg("--shards")
             .arg(self.options.shards.to_string())
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(printed)
             .stderr(said)
@@ -152,6 +165,17 @@ impl Server {
         };
         let ended = child.try_wait().expect("a child can be waited for");
         ended.is_none()
+    }
+
+    /// What it has printed since its start, and what it has said on stderr.
+    pub fn output(&self) -> (String, String) {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        (read(self.printed()), read(self.said()))
+    }
+
+    /// The folder that goes with it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Where its log is.
@@ -255,6 +279,19 @@ const OF_THIS_PACKAGE: [&str; 6] = [
     "CARGO_PRIMARY_",
     "OUT_DIR",
 ];
+
+/// Runs a command of the program to its end; its exit code, and what it printed and said.
+pub fn pelton(arguments: &[&str], data: &Path) -> (i32, String, String) {
+    let output = Command::new(binary())
+        .args(arguments)
+        .arg("--data")
+        .arg(data)
+        .output()
+        .expect("the binary was just built");
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    let code = output.status.code().expect("it is not killed");
+    (code, text(&output.stdout), text(&output.stderr))
+}
 
 /// The binary under test, built once by each process that asks.
 pub fn binary() -> &'static Path {

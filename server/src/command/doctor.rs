@@ -445,7 +445,10 @@ async fn check_shards(config: &Config) -> Vec<Check> {
             None => Vec::new(),
             Some(Judged::TooLarge { bytes }) => vec![Check::ok(
                 "log",
-                format!("{}, not read here: `pelton log verify` judges it", size(bytes)),
+                format!(
+                    "{}, not read here: `pelton log verify` judges it",
+                    size(bytes)
+                ),
             )],
             Some(Judged::Read(shards)) => {
                 let damaged = shards.iter().filter_map(|(shard, read)| {
@@ -478,7 +481,10 @@ async fn check_shards(config: &Config) -> Vec<Check> {
         Err(_) => vec![Check::bad(
             Grade::Warning,
             "shards",
-            format!("the server has not answered for {} s", ASK_TIMEOUT.as_secs()),
+            format!(
+                "the server has not answered for {} s",
+                ASK_TIMEOUT.as_secs()
+            ),
             "ask again, and look at its log",
         )],
     }
@@ -617,9 +623,7 @@ mod tests {
 
     #[test]
     fn what_a_server_says_of_its_shards_is_told_with_what_to_do() {
-        let shard = |number: u16, poisoned: Value, full: bool, quarantined: Value| {
-            json!({ "shard": number, "log": { "poisoned": poisoned }, "disk_full": full, "quarantined": quarantined })
-        };
+        let shard = |number: u16, poisoned: Value, full: bool, quarantined: Value| json!({ "shard": number, "log": { "poisoned": poisoned }, "disk_full": full, "quarantined": quarantined });
         let damaged = json!({ "error": "the log is damaged at segment-000001.plt" });
         let sound = shard(0, Value::Null, false, Value::Null);
         let checks = shards_of(&json!({ "shards": [sound] }));
@@ -633,7 +637,9 @@ mod tests {
         let grades: Vec<Grade> = checks.iter().map(|check| check.grade).collect();
         assert_eq!(grades, [Grade::Problem, Grade::Problem, Grade::Warning]);
         let said: Vec<String> = checks.iter().map(Check::to_string).collect();
-        assert!(said[0].contains("shard 1 is not served: the log is damaged at segment-000001.plt"));
+        assert!(
+            said[0].contains("shard 1 is not served: the log is damaged at segment-000001.plt")
+        );
         assert!(said[1].contains("shard 2 has failed") && said[1].contains("flush: EIO"));
         assert!(said[2].contains("shard 3 refuses submits") && said[2].contains("make room"));
     }

@@ -12,8 +12,7 @@ use pelton_core::{
     error::Code,
     id::RequestId,
     record::{
-        self, ArchivedConfigRecordV1, ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, Record,
-        Schema,
+        self, ArchivedConfigRecordV1, ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, Record, Schema,
     },
     state::State,
 };
@@ -22,9 +21,7 @@ use pelton_storage::{
     file::FileDevice,
     format::{BLOCK_BYTES, SegmentHeader},
     log::Options,
-    manifest::{
-        DataDirectory, DirectoryError, Manifest, has_begun, read_manifest, shard_folder,
-    },
+    manifest::{DataDirectory, DirectoryError, Manifest, has_begun, read_manifest, shard_folder},
     recover::{Outcome, RecoverError, Report, expect_segments, inspect, records},
     segment::parse_segment_name,
     snapshot::{Judgement, judge_snapshots},
@@ -343,7 +340,11 @@ pub(crate) fn judge(data: &Path, bytes_max: u64) -> Option<Judged> {
     };
     read_manifest(data).ok().flatten()?;
     let look = Look::at(&place).ok().filter(|look| !look.in_use)?;
-    let files = |shard| fs::read_dir(shard_folder(data, shard)).into_iter().flatten();
+    let files = |shard| {
+        fs::read_dir(shard_folder(data, shard))
+            .into_iter()
+            .flatten()
+    };
     let bytes = look.shards.iter().flat_map(|&shard| files(shard)).flatten();
     let bytes = bytes
         .filter_map(|file| Some(file.metadata().ok()?.len()))
@@ -395,6 +396,8 @@ fn describe(shard: u16, read: &Result<Report, RecoverError>, counts: &Counts) ->
                 described["file"] = file.into();
                 described["segment"] = segment.into();
                 described["offset"] = offset.into();
+            } else if let Some(file) = error.file() {
+                described["file"] = file.into();
             }
             described
         }

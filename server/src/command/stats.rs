@@ -199,7 +199,10 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[0].starts_with("shard 1 is QUARANTINED, the others serve: "));
         assert!(lines[0].ends_with("segment-000001.plt, segment 1, byte offset 12288"));
-        assert!(lines[1].starts_with("the log of shard 2 has FAILED, the others serve: flush /data: EIO;"));
+        assert!(
+            lines[1]
+                .starts_with("the log of shard 2 has FAILED, the others serve: flush /data: EIO;")
+        );
         assert!(lines[2].starts_with("shard 2 refuses submits: the disk is FULL"));
         assert_eq!(lines[3], "");
         assert_eq!(troubles(&[sound]), "");

@@ -783,7 +783,7 @@ pub(crate) fn describe_quarantine(quarantine: &Quarantine) -> Value {
     let place = quarantine.error.place();
     json!({
         "error": quarantine.error.to_string(),
-        "file": place.map(|(file, _, _)| file),
+        "file": quarantine.error.file(),
         "segment": place.map(|(_, segment, _)| segment),
         "offset": place.map(|(_, _, offset)| offset),
     })
