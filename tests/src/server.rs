@@ -97,7 +97,8 @@ impl Server {
         let mut state = None;
         let mut ended = None;
         let done = poll(START, || {
-            state = read_state(&state_file, pid);
+            let listens = fs::read_to_string(self.printed()).is_ok_and(|said| !said.is_empty());
+            state = read_state(&state_file, pid).filter(|_| listens);
             ended = child.try_wait().expect("a child can be waited for");
             state.is_some() || ended.is_some()
         });

@@ -92,6 +92,7 @@ async fn a_full_disk_takes_outcomes_and_stops_refuses_submits_and_serves_again_w
     while file.write_all(&piece).is_ok() {}
     while file.write_all(&piece[..512]).is_ok() {}
     let _ = file.sync_all();
+    drop(file);
     let refused = async || {
         let task = Task::new("x").task_id("refused");
         match client.submit("f", task).await {
@@ -271,8 +272,9 @@ async fn a_disk_that_fails_takes_one_shard_down_and_its_outcomes_are_taken_when_
         let submitted = submit(&client, "made-meanwhile", &format!("m{number}")).await;
         submitted.unwrap();
         let submitted = submit(&client, "f", &format!("t{number}")).await.unwrap();
-        let done = client.wait(&TaskName::Request(submitted.request_id), PATIENCE);
-        assert_eq!(done.await.unwrap().attempts, 1);
+        let name = TaskName::Request(submitted.request_id);
+        let done = client.wait(&name, PATIENCE).await.unwrap();
+        assert_eq!(done.attempts, 1);
     }
     drop(client);
     server.stop();

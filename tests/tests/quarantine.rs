@@ -35,6 +35,15 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 4], at).unwrap();
 }
 
+/// Where these bytes stand first.
+fn find(folder: &Path, bytes: &[u8]) -> (PathBuf, u64) {
+    let found = files(folder).into_iter().find_map(|(path, file)| {
+        let at = file.windows(bytes.len()).position(|w| w == bytes)?;
+        Some((path, at as u64))
+    });
+    found.unwrap()
+}
+
 fn shard(request: RequestId) -> u16 {
     shard_of(request.cell(), SHARDS).0
 }
@@ -94,14 +103,7 @@ async fn a_server_without_one_shard_says_where_and_takes_its_outcomes_when_it_is
     server.stop();
 
     let log = shard_folder(&server.data(), HURT);
-    let mark = b"<<short-";
-    let (path, at) = files(&log)
-        .into_iter()
-        .find_map(|(path, bytes)| {
-            let at = bytes.windows(mark.len()).position(|w| w == mark)?;
-            Some((path, at as u64))
-        })
-        .unwrap();
+    let (path, at) = find(&log, b"<<short-");
     flip(&path, at);
     let before = files(&log);
     let name = path.file_name().unwrap().to_str().unwrap();
@@ -221,8 +223,7 @@ async fn without_shard_0_configuration_is_refused_and_the_rest_goes_on() {
     let tasks = on_both(&client, "f", 3).await;
     server.stop();
     let log = shard_folder(&server.data(), 0);
-    let (path, bytes) = files(&log).into_iter().next().unwrap();
-    let at = bytes.windows(4).position(|w| w == b"<<f-").unwrap() as u64;
+    let (path, at) = find(&log, b"<<f-");
     flip(&path, at);
 
     server.restart();

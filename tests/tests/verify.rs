@@ -56,8 +56,9 @@ impl Rig {
             let name = format!("t{number}");
             let task = Task::new(vec![number; 900_000]).task_id(&name).key("k");
             client.submit("f", task).await.unwrap();
-            let done = client.wait(&TaskName::parse(&format!("f/k/{name}")).unwrap(), PATIENCE);
-            assert!(done.await.unwrap().succeeded());
+            let name = TaskName::parse(&format!("f/k/{name}")).unwrap();
+            let done = client.wait(&name, PATIENCE).await.unwrap();
+            assert!(done.succeeded());
         }
         worker.close().await.unwrap();
         let delayed = Task::new("d")
@@ -259,7 +260,7 @@ async fn every_kind_of_damage_is_found_and_its_place_is_named() {
     });
     rig.named("a truncated file", rig.file(2), batch.lsn, |log| {
         let file = fs::File::options().write(true).open(log.join(rig.file(2)));
-        file.unwrap().set_len(place + 200).unwrap();
+        file.unwrap().set_len(place + 20).unwrap();
     });
 
     let of_another = |header: SegmentHeader, log: &Path| {

@@ -127,8 +127,8 @@ fn serve(config: &Config) -> Result<(), String> {
     let _state = State::write(data, running.local_addr(), &certificate)?;
     let records: u64 = engine.reports().iter().map(|report| report.records).sum();
     let quarantined: Vec<&Quarantine> = engine.quarantined().collect();
-    println!(
-        "listening on quic://{}, data {}, {} shards{}, {} edges, {} records read, ready in {} ms",
+    let mut said = format!(
+        "listening on quic://{}, data {}, {} shards{}, {} edges, {} records read, ready in {} ms\n",
         running.local_addr(),
         data.display(),
         engine.shard_count(),
@@ -141,8 +141,9 @@ fn serve(config: &Config) -> Result<(), String> {
         start.elapsed().as_millis()
     );
     for quarantine in &quarantined {
-        println!("QUARANTINED, the other shards serve: {quarantine}");
+        said += &format!("QUARANTINED, the other shards serve: {quarantine}\n");
     }
+    print!("{said}");
     signals.wait();
     let end = Instant::now();
     running.stop(GRACE);
