@@ -13,7 +13,7 @@ use pelton_core::{
 use pelton_storage::{
     device::{Device, DeviceOp, Output},
     format::{BLOCK_BYTES, SegmentHeader},
-    log::{Log, LogEvent, Options},
+    log::{Log, LogEvent, Options, READ_TRIES},
     memory::{MemoryDevice, Random},
     recover::{Outcome, RecoverError, Report, recover},
     segment::parse_segment_name,
@@ -276,6 +276,26 @@ fn rot_in_what_was_accepted_is_named_and_nothing_is_touched() {
         assert_eq!(before.len(), OPTIONS.segment_bytes as usize);
     }
     assert_eq!(named, 60);
+}
+
+#[test]
+fn a_read_that_fails_twice_at_a_start_is_made_a_third_time() {
+    let mut rig = Rig::new(30);
+    rig.append(50);
+    rig.settle();
+    let mut device = rig.log.take().unwrap().into_device();
+    device.crash();
+    for fails in 1..=READ_TRIES {
+        device.fail_next_reads(fails);
+        let changes = device.changes();
+        let started = recover(&mut device, OPTIONS, &mut |_, _, _| Ok(())).map(|(_, r)| r);
+        if fails < READ_TRIES {
+            assert_eq!(started.unwrap().outcome, Outcome::Clean);
+        } else {
+            assert!(matches!(started, Err(RecoverError::Device(_))));
+            assert_eq!(device.changes(), changes);
+        }
+    }
 }
 
 #[test]
