@@ -599,6 +599,7 @@ impl<'a> Row<'a> {
             let name = Code::from_number(code).map(|code| code.name().to_owned());
             self.put("code", name.unwrap_or_else(|| code.to_string()));
         }
+        self.some("holds_key", outcome.holds_key.into());
         self.text("error", &outcome.error);
         self.text("output", &String::from_utf8_lossy(&outcome.output));
         self.put("result_bytes", outcome.result.len());
