@@ -712,17 +712,21 @@ fn find_range<D: Device>(
         survey.look_behind_headers(reader, 0)?;
         // No segment holds a first batch. One that holds any other lost its first.
         let witness = find_witness(survey, reader, Lsn(0))?;
-        return match survey.segments.first_key_value() {
-            Some((&number, _)) if witness => Err(survey.corrupt(
-                survey.start_of(number),
-                "the first batch is unreadable, and later ones say that it was durable",
-            )),
-            // One is prepared ahead only behind one that has a batch.
-            Some((&number, _)) if number > 1 => {
-                Err(survey.corrupt(survey.start_of(number - 1), SEGMENT_MISSING))
-            }
-            _ => Ok(None),
+        let numbers = survey.segments.keys().copied();
+        let Some((lowest, highest)) = numbers.clone().min().zip(numbers.max()) else {
+            return Ok(None);
         };
+        if witness || highest > 1 && lowest <= 1 {
+            // One is prepared ahead only behind one that has a batch.
+            return Err(survey.corrupt(
+                survey.start_of(lowest),
+                "the first batch is unreadable, and what stands behind it says that it was durable",
+            ));
+        }
+        if highest > 1 {
+            return Err(survey.corrupt(survey.start_of(lowest - 1), SEGMENT_MISSING));
+        }
+        return Ok(None);
     };
     let mut retired = Lsn(0);
     let mut place = SEGMENT_DATA_OFFSET;
