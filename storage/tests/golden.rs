@@ -99,13 +99,13 @@ fn record(append: impl FnOnce(&mut BatchSpace<'_>)) -> Vec<u8> {
 }
 
 fn request(seq: u64) -> RequestId {
-    RequestId::new(CellId(0xabc), 0x0123_4567_89a, seq, SlotIndex(0x1122_3344))
+    RequestId::new(CellId(0xabc), 0x0012_3456_789a, seq, SlotIndex(0x1122_3344))
 }
 
 fn task(full: bool) -> TaskRecordV1<'static> {
     let text = |text: &'static str| if full { text } else { "" };
     TaskRecordV1 {
-        request: request(0x0011_2233_44).0,
+        request: request(0x1122_3344).0,
         tenant: 0x0102_0304,
         function: 0x1112_1314,
         due_ms: if full { 0x2122_2324_2526_2728 } else { 0 },
