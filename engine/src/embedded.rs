@@ -1128,6 +1128,7 @@ mod tests {
             inboxes: vec![ShardInbox::new().unwrap()],
             edges: vec![OnceLock::new()],
             routes: RoutePointer::new(Routes::new(1, directory)),
+            quarantined: vec![OnceLock::new()],
         });
         let edge = Edge::attach(&shared, Box::new(|| {})).unwrap();
         let calls = Arc::new(Calls::new(thread::current()));

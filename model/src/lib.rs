@@ -19,7 +19,7 @@ mod bell;
 
 mod passing;
 
-use passing::{embedded, engine, info, routes};
+use passing::{embedded, engine, info, quarantine, routes};
 
 #[path = "../../engine/src/inbox.rs"]
 pub mod inbox;

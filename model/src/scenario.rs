@@ -91,6 +91,7 @@ fn shared() -> Arc<Shared> {
         inboxes: vec![ShardInbox::new().expect("it needs nothing of the system")],
         edges: (0..3).map(|_| OnceLock::new()).collect(),
         routes: RoutePointer(Routes),
+        quarantined: vec![OnceLock::new()],
     })
 }
 
