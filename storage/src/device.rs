@@ -22,11 +22,11 @@ pub enum DeviceOp {
     Create { name: String, bytes: u64 },
     /// Opens a file for reading and writing.
     Open { name: String },
-    /// Reads; the answer is shorter where the file ends.
+    /// Reads as many bytes as `into` has, and brings it back: shorter where the file ends.
     Read {
         file: FileId,
         offset: u64,
-        bytes: usize,
+        into: Block,
     },
     /// Writes a few blocks.
     Write {
@@ -155,6 +155,8 @@ pub trait Device {
     fn start(&mut self, tag: Tag, op: DeviceOp);
     /// An operation that has ended, in any order.
     fn completed(&mut self) -> Option<(Tag, Result<Output, DeviceError>)>;
+    /// Ends once an operation that was started has ended, if there is one: for the start and for tools, as `perform`.
+    fn await_one(&mut self);
     /// A random number, for keys.
     fn random(&mut self) -> u128;
 }
@@ -175,6 +177,10 @@ impl<D: Device> Device for &mut D {
 
     fn completed(&mut self) -> Option<(Tag, Result<Output, DeviceError>)> {
         (**self).completed()
+    }
+
+    fn await_one(&mut self) {
+        (**self).await_one();
     }
 
     fn random(&mut self) -> u128 {
@@ -202,7 +208,29 @@ impl Block {
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
+
+    /// Any bytes, so many of them: at most as many as it was made with.
+    pub fn renew(&mut self, len: usize) {
+        assert!(self.start + len <= self.bytes.len(), "it was made as long");
+        self.len = len;
+    }
 }
+
+impl Clone for Block {
+    fn clone(&self) -> Block {
+        let mut copy = Block::new(self.len);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
+impl PartialEq for Block {
+    fn eq(&self, other: &Block) -> bool {
+        self[..] == other[..]
+    }
+}
+
+impl Eq for Block {}
 
 impl Deref for Block {
     type Target = [u8];

@@ -44,22 +44,21 @@ impl FileDevice {
         Ok(Output::File(FileId(self.files.len() as u32 - 1), bytes))
     }
 
-    fn read(&self, file: FileId, offset: u64, bytes: usize) -> io::Result<Output> {
+    fn read(&self, file: FileId, offset: u64, mut into: Block) -> io::Result<Output> {
         let Some(Some(file)) = self.files.get(file.0 as usize) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let mut block = Block::new(bytes);
         let mut read = 0;
-        while read < bytes {
-            match file.read_at(&mut block[read..], offset + read as u64) {
+        while read < into.len() {
+            match file.read_at(&mut into[read..], offset + read as u64) {
                 Ok(0) => break,
                 Ok(more) => read += more,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
-        block.truncate(read);
-        Ok(Output::Bytes(block))
+        into.truncate(read);
+        Ok(Output::Bytes(into))
     }
 
     fn failed(&self, what: &str, error: &io::Error) -> DeviceError {
@@ -84,13 +83,12 @@ impl Device for FileDevice {
             DeviceOp::Open { name } => self
                 .open(&name)
                 .map_err(|error| self.failed(&format!("open {name}"), &error)),
-            DeviceOp::Read {
-                file,
-                offset,
-                bytes,
-            } => self
-                .read(file, offset, bytes)
-                .map_err(|error| self.failed(&format!("read {bytes} bytes at {offset}"), &error)),
+            DeviceOp::Read { file, offset, into } => {
+                let bytes = into.len();
+                self.read(file, offset, into).map_err(|error| {
+                    self.failed(&format!("read {bytes} bytes at {offset}"), &error)
+                })
+            }
             DeviceOp::Close { file } => {
                 if let Some(place) = self.files.get_mut(file.0 as usize) {
                     *place = None;
@@ -124,6 +122,9 @@ impl Device for FileDevice {
         self.finished.pop()
     }
 
+    /// What was started has ended already.
+    fn await_one(&mut self) {}
+
     /// Nothing that only reads needs a key.
     fn random(&mut self) -> u128 {
         0
@@ -147,7 +148,7 @@ mod tests {
         let read = DeviceOp::Read {
             file,
             offset: 4,
-            bytes: 100,
+            into: Block::new(100),
         };
         let Ok(Output::Bytes(bytes)) = device.perform(read) else {
             panic!("the file is read");

@@ -2,8 +2,8 @@
 //! [`log::Log`] asks for. `docs/FORMAT.md` describes the bytes.
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
-//! log; `snapshot` what spares a start most of it; `recover` how it is found again; `memory` a disk for tests; `file` one that is
-//! only read; `manifest` what a data directory is.
+//! log; `snapshot` what spares a start most of it; `reader` reads its segments ahead for `recover`, which finds it again;
+//! `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is.
 
 pub mod format;
 
@@ -14,6 +14,8 @@ pub mod segment;
 pub mod log;
 
 pub mod snapshot;
+
+mod reader;
 
 pub mod recover;
 

@@ -22,7 +22,7 @@ use pelton_core::{
 };
 
 use crate::{
-    device::{Device, DeviceError, DeviceErrorKind, DeviceOp, Output, Tag},
+    device::{Block, Device, DeviceError, DeviceErrorKind, DeviceOp, Output, Tag},
     format::{
         BATCH_HEADER_BYTES, BLOCK_BYTES, BatchHeader, FLAG_CARRY, FLAG_CLOSING,
         SEGMENT_DATA_OFFSET, SegmentHeader, record_bytes, record_holds, seal_records,
@@ -869,7 +869,7 @@ impl<D: Device> Log<D> {
             DeviceOp::Read {
                 file: segment.file.id,
                 offset: read.start.0 % segment_bytes,
-                bytes: ((end - read.start.0) as usize).next_multiple_of(BLOCK_BYTES),
+                into: Block::new(((end - read.start.0) as usize).next_multiple_of(BLOCK_BYTES)),
             },
         );
         self.reads.insert(tag, read);
@@ -902,7 +902,7 @@ impl<D: Device> Log<D> {
             DeviceOp::Read {
                 file: segment.file.id,
                 offset,
-                bytes: left.min(bytes) as usize,
+                into: Block::new(left.min(bytes) as usize),
             },
         );
     }

@@ -593,7 +593,7 @@ impl Device for MemoryDevice {
             DeviceOp::Read {
                 file,
                 offset,
-                bytes,
+                into: mut block,
             } => {
                 if let Some(Failing::Read(count)) = self.failing {
                     self.failing = (count > 1).then_some(Failing::Read(count - 1));
@@ -601,8 +601,8 @@ impl Device for MemoryDevice {
                 }
                 let data = &self.data[file.0 as usize].bytes;
                 let start = (offset as usize).min(data.len());
-                let end = (start + bytes).min(data.len());
-                let mut block = Block::new(end - start);
+                let end = (start + block.len()).min(data.len());
+                block.truncate(end - start);
                 block.copy_from_slice(&data[start..end]);
                 if self.failing == Some(Failing::Rot) {
                     self.failing = None;
@@ -668,6 +668,12 @@ impl Device for MemoryDevice {
 
     fn completed(&mut self) -> Option<(Tag, Result<Output, DeviceError>)> {
         self.completed.pop_front()
+    }
+
+    fn await_one(&mut self) {
+        if self.completed.is_empty() {
+            self.run_one();
+        }
     }
 
     fn random(&mut self) -> u128 {

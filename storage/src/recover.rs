@@ -27,7 +27,8 @@ use crate::{
         BATCH_HEADER_BYTES, BLOCK_BYTES, BadHeader, BatchHeader, FLAG_OPENING, FORMAT_VERSION,
         SEGMENT_DATA_OFFSET, SegmentHeader,
     },
-    log::{Found, Log, Options, READ_TRIES},
+    log::{Found, Log, Options},
+    reader::{Reader, read},
     segment::{File, Progress, Segment, Work, is_filling_name, parse_segment_name, segment_name},
     snapshot::{Begin, Read, Reading, is_temporary_name, parse_snapshot_name},
 };
@@ -233,10 +234,11 @@ pub fn recover<D: Device>(
     replay: &mut Replay<'_>,
 ) -> Result<(Log<D>, Report), RecoverError> {
     let survey = Survey::take(&mut device, options)?;
-    let mut reader = Reader::new(&mut device);
-    let judged = judge(&survey, &mut reader, &mut |header, batch| {
-        hand_on(&survey, header, batch, replay)
-    })?;
+    let judged = judge(
+        &survey,
+        &mut survey.reader(&mut device),
+        &mut |header, batch| hand_on(&survey, header, batch, replay),
+    )?;
     settle(device, options, survey, judged, Loaded::default())
 }
 
@@ -247,12 +249,12 @@ pub fn recover_with<D: Device>(
     replayer: &mut dyn Replayer,
 ) -> Result<(Log<D>, Report), RecoverError> {
     let survey = Survey::take(&mut device, options)?;
-    let range = find_range(&survey, &mut Reader::new(&mut device))?;
+    let mut reader = survey.reader(&mut device);
+    let range = find_range(&survey, &mut reader)?;
     let loaded = match &range {
-        Some(range) => load_snapshot(&survey, &mut device, options, range, replayer),
+        Some(range) => load_snapshot(&survey, reader.device(), options, range, replayer),
         None => Loaded::default(),
     };
-    let mut reader = Reader::new(&mut device);
     let judged = follow(
         &survey,
         &mut reader,
@@ -264,6 +266,7 @@ pub fn recover_with<D: Device>(
             })
         },
     )?;
+    drop(reader);
     settle(device, options, survey, judged, loaded)
 }
 
@@ -327,7 +330,7 @@ pub fn inspect<D: Device>(
     visit: &mut Visit<'_>,
 ) -> Result<Report, RecoverError> {
     let survey = Survey::take(device, options)?;
-    Ok(judge(&survey, &mut Reader::new(device), visit)?.report)
+    Ok(judge(&survey, &mut survey.reader(device), visit)?.report)
 }
 
 /// Refuses a directory that holds no segment at all. Only for a log that has begun: a new one is made in such a
@@ -471,10 +474,10 @@ impl Survey {
         device: &mut D,
         segment: &Segment,
     ) -> Result<bool, RecoverError> {
-        let mut reader = Reader::new(device);
+        let mut reader = self.reader(device);
         let mut offset = SEGMENT_DATA_OFFSET;
         while offset < self.segment_bytes {
-            if reader.batch(self, segment, offset)?.is_some() {
+            if reader.batch(segment, offset)?.is_some() {
                 return Ok(true);
             }
             offset += BLOCK_BYTES as u64;
@@ -491,7 +494,7 @@ impl Survey {
         first: u64,
     ) -> Result<(), RecoverError> {
         for segment in self.hidden.iter().filter(|hidden| hidden.number >= first) {
-            if reader.batch(self, segment, SEGMENT_DATA_OFFSET)?.is_some() {
+            if reader.batch(segment, SEGMENT_DATA_OFFSET)?.is_some() {
                 return Err(RecoverError::Corrupt {
                     file: segment_name(segment.file.number),
                     segment: segment.number,
@@ -517,6 +520,10 @@ impl Survey {
         }
     }
 
+    fn reader<'r, D: Device>(&'r self, device: &'r mut D) -> Reader<'r, D> {
+        Reader::new(device, &self.segments, self.segment_bytes)
+    }
+
     fn start_of(&self, segment: u64) -> Lsn {
         Lsn(segment * self.segment_bytes + SEGMENT_DATA_OFFSET)
     }
@@ -529,7 +536,7 @@ fn read_header<D: Device>(
     file: FileId,
     name: &str,
 ) -> Result<Option<(SegmentHeader, Option<SegmentHeader>)>, RecoverError> {
-    let blocks = read(device, file, 0, 2 * BLOCK_BYTES)?;
+    let blocks = read(device, file, 0, || Block::new(2 * BLOCK_BYTES), 0)?;
     let copies = [0, BLOCK_BYTES].map(|at| match blocks.get(at..at + BLOCK_BYTES) {
         Some(block) => SegmentHeader::decode(block),
         None => Err(BadHeader::Damaged),
@@ -559,103 +566,6 @@ fn read_header<D: Device>(
             offset: 0,
             what: "both copies of the segment's header are damaged",
         }),
-    }
-}
-
-/// Reads, as often as the live log does where the disk fails.
-fn read<D: Device>(
-    device: &mut D,
-    file: FileId,
-    offset: u64,
-    bytes: usize,
-) -> Result<Block, RecoverError> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        let op = DeviceOp::Read {
-            file,
-            offset,
-            bytes,
-        };
-        match device.perform(op) {
-            Ok(Output::Bytes(block)) => return Ok(block),
-            Ok(Output::Done | Output::Names(_) | Output::File(..)) => {
-                panic!("a read brings bytes")
-            }
-            Err(error) if tries == READ_TRIES => return Err(error.into()),
-            Err(_) => {}
-        }
-    }
-}
-
-/// Reads segments in large pieces and remembers the last one.
-struct Reader<'d, D> {
-    device: &'d mut D,
-    file: Option<FileId>,
-    start: u64,
-    bytes: Block,
-}
-
-/// Bytes of one read; a batch always fits.
-const READ_BYTES: usize = 2 * BATCH_BYTES_MAX;
-
-impl<'d, D: Device> Reader<'d, D> {
-    fn new(device: &'d mut D) -> Reader<'d, D> {
-        Reader {
-            device,
-            file: None,
-            start: 0,
-            bytes: Block::new(0),
-        }
-    }
-
-    /// The bytes of a segment from `offset` on, at least `want` where the segment has them.
-    fn at(
-        &mut self,
-        segment: &Segment,
-        offset: u64,
-        want: usize,
-        segment_bytes: u64,
-    ) -> Result<&[u8], RecoverError> {
-        let want = want.min((segment_bytes - offset) as usize);
-        let held = self.file == Some(segment.file.id)
-            && offset >= self.start
-            && offset + want as u64 <= self.start + self.bytes.len() as u64;
-        if !held {
-            let bytes = READ_BYTES.min((segment_bytes - offset) as usize);
-            self.bytes = read(self.device, segment.file.id, offset, bytes)?;
-            self.file = Some(segment.file.id);
-            self.start = offset;
-        }
-        let from = (offset - self.start) as usize;
-        Ok(&self.bytes[from.min(self.bytes.len())..])
-    }
-
-    /// The sound batch at this place, with its bytes; `None` if there is none.
-    fn batch(
-        &mut self,
-        survey: &Survey,
-        segment: &Segment,
-        offset: u64,
-    ) -> Result<Option<(BatchHeader, &[u8])>, RecoverError> {
-        if offset + BLOCK_BYTES as u64 > survey.segment_bytes {
-            return Ok(None);
-        }
-        let place = Lsn(segment.number * survey.segment_bytes + offset);
-        let head = self.at(segment, offset, BLOCK_BYTES, survey.segment_bytes)?;
-        let Some(header) = BatchHeader::peek(head) else {
-            return Ok(None);
-        };
-        let fits = header.bytes() <= BATCH_BYTES_MAX
-            && offset + header.bytes() as u64 <= survey.segment_bytes;
-        if header.segment != segment.number || header.lsn != place || !fits {
-            return Ok(None);
-        }
-        let bytes = self.at(segment, offset, header.bytes(), survey.segment_bytes)?;
-        let Some(bytes) = bytes.get(..header.bytes()) else {
-            return Ok(None);
-        };
-        Ok(header.holds(bytes, segment.key).then_some((header, bytes)))
     }
 }
 
@@ -700,10 +610,7 @@ fn find_range<D: Device>(
     // The last segment that was begun tells, in its last good batch, where the live log starts.
     let mut begun = None;
     for (&number, segment) in survey.segments.iter().rev() {
-        if reader
-            .batch(survey, segment, SEGMENT_DATA_OFFSET)?
-            .is_some()
-        {
+        if reader.batch(segment, SEGMENT_DATA_OFFSET)?.is_some() {
             begun = Some(number);
             break;
         }
@@ -730,7 +637,7 @@ fn find_range<D: Device>(
     };
     let mut retired = Lsn(0);
     let mut place = SEGMENT_DATA_OFFSET;
-    while let Some((header, _)) = reader.batch(survey, &survey.segments[&begun], place)? {
+    while let Some((header, _)) = reader.batch(&survey.segments[&begun], place)? {
         retired = retired.max(header.retired);
         place = header.end().0 % survey.segment_bytes;
         if place == 0 {
@@ -828,7 +735,7 @@ fn follow<D: Device>(
             header.epoch >= epoch && (!chained || header.prev_crc == prev_crc)
         };
         let found = reader
-            .batch(survey, segment, offset)?
+            .batch(segment, offset)?
             .filter(|(header, _)| follows(header));
         if let Some((header, bytes)) = found {
             visit(&header, bytes)?;
@@ -850,7 +757,7 @@ fn follow<D: Device>(
         // The segment may have ended here: then the next one begins with the batch that follows.
         let epoch = judged.report.epoch;
         let next = match survey.segments.get(&(number + 1)) {
-            Some(next) if chained => reader.batch(survey, next, SEGMENT_DATA_OFFSET)?,
+            Some(next) if chained => reader.batch(next, SEGMENT_DATA_OFFSET)?,
             Some(_) | None => None,
         };
         if next
@@ -954,7 +861,7 @@ fn each_behind<D: Device>(
             SEGMENT_DATA_OFFSET
         };
         while offset < survey.segment_bytes {
-            if let Some((header, _)) = reader.batch(survey, segment, offset)?
+            if let Some((header, _)) = reader.batch(segment, offset)?
                 && found(&header)
             {
                 return Ok(true);
@@ -978,7 +885,7 @@ fn torn_until<D: Device>(
     let mut torn = tail;
     let mut offset = tail;
     while offset < end {
-        let head = reader.at(segment, offset, BLOCK_BYTES, survey.segment_bytes)?;
+        let head = reader.at(segment, offset, BLOCK_BYTES)?;
         let begun = BatchHeader::peek(head).is_some_and(|header| header.segment == number);
         if begun {
             torn = end;

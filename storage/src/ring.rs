@@ -308,7 +308,7 @@ impl RingDevice {
     }
 
     /// Starts an operation beside the commit, or has it wait for a place.
-    fn start_beside(&mut self, tag: Tag, op: DeviceOp) {
+    fn start_beside(&mut self, tag: Tag, mut op: DeviceOp) {
         if let DeviceOp::Close { file } = op {
             self.files[file.0 as usize] = None;
             self.finished.push_back((tag, Ok(Output::Done)));
@@ -320,8 +320,10 @@ impl RingDevice {
         };
         let name = |name: &str| CString::new(name).expect("names of the log have no zero byte");
         let none = CString::default;
-        let (block, names) = match &op {
-            DeviceOp::Read { bytes, .. } => (Block::new(*bytes), [none(), none()]),
+        let (block, names) = match &mut op {
+            DeviceOp::Read { into, .. } => {
+                (std::mem::replace(into, Block::new(0)), [none(), none()])
+            }
             DeviceOp::Write { data, .. } => {
                 let mut block = Block::new(data.len());
                 block.copy_from_slice(data);
@@ -363,13 +365,12 @@ impl RingDevice {
         };
         let [first, second] = &beside.names;
         match beside.op {
-            DeviceOp::Read {
-                file,
-                offset,
-                bytes,
-            } => opcode::Read::new(fd(file), beside.block.as_mut_ptr(), bytes as u32)
-                .offset(offset)
-                .build(),
+            DeviceOp::Read { file, offset, .. } => {
+                let bytes = beside.block.len() as u32;
+                opcode::Read::new(fd(file), beside.block.as_mut_ptr(), bytes)
+                    .offset(offset)
+                    .build()
+            }
             DeviceOp::Write { file, offset, .. } => {
                 let bytes = beside.block.len() as u32;
                 opcode::Write::new(fd(file), beside.block.as_ptr(), bytes)
@@ -462,6 +463,10 @@ impl RingDevice {
         if let Some((tag, op)) = self.waiting.pop_front() {
             self.start_beside(tag, op);
         }
+    }
+
+    fn is_at_work(&self) -> bool {
+        self.commit.is_some() || self.beside.iter().any(Option::is_some)
     }
 
     fn file(&self, file: FileId) -> &File {
@@ -572,12 +577,11 @@ impl Device for RingDevice {
             DeviceOp::Read {
                 file,
                 offset,
-                bytes,
+                into: mut block,
             } => {
                 let file = self.file(file);
-                let mut block = Block::new(bytes);
                 let mut held = 0;
-                while held < bytes {
+                while held < block.len() {
                     match file.read_at(&mut block[held..], offset + held as u64) {
                         Ok(0) => break,
                         Ok(read) => held += read,
@@ -667,6 +671,22 @@ impl Device for RingDevice {
         self.finished.pop_front()
     }
 
+    fn await_one(&mut self) {
+        while self.finished.is_empty() && self.is_at_work() {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => self.unsubmitted = false,
+                // What was not taken is taken with the next call.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                    ) => {}
+                Err(error) => panic!("io_uring_enter: {error}"),
+            }
+            self.reap();
+        }
+    }
+
     fn random(&mut self) -> u128 {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).expect("the kernel gives random numbers");
@@ -683,7 +703,7 @@ impl Drop for RingDevice {
             unsafe { libc::write(self.bell, one.as_ptr().cast(), one.len()) };
         }
         self.waiting.clear();
-        while self.commit.is_some() || self.bell_armed || self.beside.iter().any(Option::is_some) {
+        while self.bell_armed || self.is_at_work() {
             if self.ring.submit_and_wait(1).is_err() {
                 std::thread::yield_now();
             }

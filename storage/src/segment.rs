@@ -7,7 +7,7 @@
 use pelton_core::planted::{Bug, planted};
 
 use crate::{
-    device::{DeviceOp, FileId, Output},
+    device::{Block, DeviceOp, FileId, Output},
     format::{BLOCK_BYTES, SegmentHeader},
 };
 
@@ -183,7 +183,7 @@ impl Work {
             Stage::ReadBack => DeviceOp::Read {
                 file: file(),
                 offset: 0,
-                bytes: 2 * BLOCK_BYTES,
+                into: Block::new(2 * BLOCK_BYTES),
             },
             Stage::Remove => DeviceOp::Remove {
                 name: segment_name(self.number),

@@ -230,7 +230,7 @@ impl Reading {
         let read = DeviceOp::Read {
             file: self.file,
             offset: self.offset,
-            bytes: READ_BYTES,
+            into: Block::new(READ_BYTES),
         };
         let Output::Bytes(bytes) = device.perform(read)? else {
             panic!("a read brings bytes");
@@ -444,7 +444,7 @@ impl Writer {
             Stage::Verify => DeviceOp::Read {
                 file: file(),
                 offset: self.verified,
-                bytes: PIECE_BYTES_MAX,
+                into: Block::new(PIECE_BYTES_MAX),
             },
             Stage::Remove => DeviceOp::Remove {
                 name: snapshot_name(*self.outdated.last()?),

@@ -6,7 +6,7 @@
 
 use pelton_core::limits::BATCH_BYTES_MAX;
 use pelton_storage::{
-    device::{Device, DeviceError, DeviceErrorKind, DeviceOp, FileId, Output},
+    device::{Block, Device, DeviceError, DeviceErrorKind, DeviceOp, FileId, Output},
     format::BLOCK_BYTES,
     log::BUFFER_COUNT,
     memory::MemoryDevice,
@@ -44,7 +44,7 @@ impl<D: Device> Tried<D> {
         let op = DeviceOp::Read {
             file,
             offset,
-            bytes,
+            into: Block::new(bytes),
         };
         let Output::Bytes(live) = self.live(op.clone()).unwrap() else {
             panic!("a read brings bytes");
@@ -53,6 +53,20 @@ impl<D: Device> Tried<D> {
             panic!("a read brings bytes");
         };
         assert_eq!(live[..], blocking[..], "both ways read the same");
+        self.device.await_one(); // Nothing is in flight, and so it ends.
+        self.next += 1;
+        let into = Block::new(bytes);
+        self.device
+            .start(self.next, DeviceOp::Read { file, offset, into });
+        let mut completed = self.device.completed();
+        if completed.is_none() {
+            self.device.await_one();
+            completed = self.device.completed();
+        }
+        let Some((tag, Ok(Output::Bytes(awaited)))) = completed else {
+            panic!("what was waited for has ended");
+        };
+        assert_eq!((tag, &awaited[..]), (self.next, &live[..]));
         live.to_vec()
     }
 
