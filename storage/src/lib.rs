@@ -2,7 +2,7 @@
 //! [`log::Log`] asks for. `docs/FORMAT.md` describes the bytes.
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
-//! log; `snapshot` what spares a start most of it; `reader` reads its segments ahead for `recover`, which finds it again;
+//! log; `snapshot` what spares a start most of it; `read_ahead` reads its segments ahead for `recover`, which finds it again;
 //! `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is.
 
 pub mod format;
@@ -15,7 +15,7 @@ pub mod log;
 
 pub mod snapshot;
 
-mod reader;
+mod read_ahead;
 
 pub mod recover;
 

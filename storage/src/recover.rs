@@ -28,7 +28,7 @@ use crate::{
         SEGMENT_DATA_OFFSET, SegmentHeader,
     },
     log::{Found, Log, Options},
-    reader::{Reader, read},
+    read_ahead::{ReadAhead, read},
     segment::{File, Progress, Segment, Work, is_filling_name, parse_segment_name, segment_name},
     snapshot::{Begin, Read, Reading, is_temporary_name, parse_snapshot_name},
 };
@@ -490,7 +490,7 @@ impl Survey {
     /// another place has hidden that segment.
     fn look_behind_headers<D: Device>(
         &self,
-        reader: &mut Reader<'_, D>,
+        reader: &mut ReadAhead<'_, D>,
         first: u64,
     ) -> Result<(), RecoverError> {
         for segment in self.hidden.iter().filter(|hidden| hidden.number >= first) {
@@ -520,8 +520,8 @@ impl Survey {
         }
     }
 
-    fn reader<'r, D: Device>(&'r self, device: &'r mut D) -> Reader<'r, D> {
-        Reader::new(device, &self.segments, self.segment_bytes)
+    fn reader<'r, D: Device>(&'r self, device: &'r mut D) -> ReadAhead<'r, D> {
+        ReadAhead::new(device, &self.segments, self.segment_bytes)
     }
 
     fn start_of(&self, segment: u64) -> Lsn {
@@ -595,7 +595,7 @@ struct Range {
 
 fn judge<D: Device>(
     survey: &Survey,
-    reader: &mut Reader<'_, D>,
+    reader: &mut ReadAhead<'_, D>,
     visit: &mut Visit<'_>,
 ) -> Result<Judged, RecoverError> {
     let range = find_range(survey, reader)?;
@@ -605,7 +605,7 @@ fn judge<D: Device>(
 /// Where the live log is; `None` if there is none.
 fn find_range<D: Device>(
     survey: &Survey,
-    reader: &mut Reader<'_, D>,
+    reader: &mut ReadAhead<'_, D>,
 ) -> Result<Option<Range>, RecoverError> {
     // The last segment that was begun tells, in its last good batch, where the live log starts.
     let mut begun = None;
@@ -684,7 +684,7 @@ fn find_range<D: Device>(
 /// Follows the batches from the first one on, or from a snapshot's start, to the end, and judges what stands there.
 fn follow<D: Device>(
     survey: &Survey,
-    reader: &mut Reader<'_, D>,
+    reader: &mut ReadAhead<'_, D>,
     range: Option<Range>,
     start: Option<&Start>,
     visit: &mut Visit<'_>,
@@ -840,7 +840,7 @@ fn hand_on(
 /// True if a sound batch behind `end` was written when more than that was durable.
 fn find_witness<D: Device>(
     survey: &Survey,
-    reader: &mut Reader<'_, D>,
+    reader: &mut ReadAhead<'_, D>,
     end: Lsn,
 ) -> Result<bool, RecoverError> {
     each_behind(survey, reader, end, &mut |header| header.durable > end)
@@ -849,7 +849,7 @@ fn find_witness<D: Device>(
 /// Looks at the sound batches behind `end`, in this segment and all later ones, until one of them is `found`.
 fn each_behind<D: Device>(
     survey: &Survey,
-    reader: &mut Reader<'_, D>,
+    reader: &mut ReadAhead<'_, D>,
     end: Lsn,
     found: &mut dyn FnMut(&BatchHeader) -> bool,
 ) -> Result<bool, RecoverError> {
@@ -876,7 +876,7 @@ fn each_behind<D: Device>(
 /// written is at most one buffer long, and whatever else stands there is of an earlier life and passes for nothing.
 fn torn_until<D: Device>(
     survey: &Survey,
-    reader: &mut Reader<'_, D>,
+    reader: &mut ReadAhead<'_, D>,
     number: u64,
     tail: u64,
 ) -> Result<u64, RecoverError> {

@@ -105,7 +105,7 @@ struct Ahead {
 }
 
 /// Reads the segments of a log. Nothing else may be in flight on its device.
-pub(crate) struct Reader<'r, D: Device> {
+pub(crate) struct ReadAhead<'r, D: Device> {
     device: &'r mut D,
     segments: &'r BTreeMap<u64, Segment>,
     segment_bytes: u64,
@@ -118,13 +118,13 @@ pub(crate) struct Reader<'r, D: Device> {
     joined: Vec<u8>,
 }
 
-impl<'r, D: Device> Reader<'r, D> {
+impl<'r, D: Device> ReadAhead<'r, D> {
     pub(crate) fn new(
         device: &'r mut D,
         segments: &'r BTreeMap<u64, Segment>,
         segment_bytes: u64,
-    ) -> Reader<'r, D> {
-        Reader {
+    ) -> ReadAhead<'r, D> {
+        ReadAhead {
             device,
             segments,
             segment_bytes,
@@ -315,7 +315,7 @@ impl<'r, D: Device> Reader<'r, D> {
     }
 }
 
-impl<D: Device> Drop for Reader<'_, D> {
+impl<D: Device> Drop for ReadAhead<'_, D> {
     fn drop(&mut self) {
         self.device();
     }
@@ -367,7 +367,12 @@ mod tests {
         (device, segments)
     }
 
-    fn check(reader: &mut Reader<'_, MemoryDevice>, segment: &Segment, offset: u64, want: usize) {
+    fn check(
+        reader: &mut ReadAhead<'_, MemoryDevice>,
+        segment: &Segment,
+        offset: u64,
+        want: usize,
+    ) {
         let bytes = reader.at(segment, offset, want).expect("the disk works");
         let wanted = want.min((SEGMENT_BYTES - offset) as usize);
         assert!(bytes.len() >= wanted || segment.number == 3);
@@ -381,7 +386,7 @@ mod tests {
     #[test]
     fn what_is_read_in_any_order_is_what_stands_there() {
         let (mut device, segments) = log();
-        let mut reader = Reader::new(&mut device, &segments, SEGMENT_BYTES);
+        let mut reader = ReadAhead::new(&mut device, &segments, SEGMENT_BYTES);
         // In order, batches of all lengths, which end where a segment ends or in front of it.
         for segment in segments.values() {
             let mut offset = SEGMENT_DATA_OFFSET;
@@ -410,7 +415,7 @@ mod tests {
     fn nothing_is_left_in_flight_and_a_read_ahead_that_fails_is_made_again() {
         for fails in 1..=READ_TRIES {
             let (mut device, segments) = log();
-            let mut reader = Reader::new(&mut device, &segments, SEGMENT_BYTES);
+            let mut reader = ReadAhead::new(&mut device, &segments, SEGMENT_BYTES);
             let piece = PIECE_BYTES as u64;
             for offset in [0, piece] {
                 check(&mut reader, &segments[&1], offset, PIECE_BYTES);
