@@ -19,7 +19,7 @@ use pelton_core::{
     limits::BATCH_BYTES_MAX,
     record::*,
     shard::{Options as ShardOptions, Shard},
-    snapshot::PieceKind,
+    snapshot::{PieceKind, Unloadable},
     state::State,
 };
 use pelton_storage::{
@@ -976,4 +976,73 @@ fn damage_in_the_kept_snapshot_is_refused_wherever_it_is() {
         read_pieces(&mut device, |_, _, _, _| {}),
         "every bit is back"
     );
+}
+
+/// Loads the kept snapshot with one of its pieces changed.
+fn load_with(changed: PieceKind, change: impl Fn(&mut Vec<u8>)) -> Result<(), Unloadable> {
+    let mut shard = Shard::new(shard_options());
+    shard.load_begins(SECRET, POSITION.0 / OPTIONS.segment_bytes);
+    let mut loaded = Ok(());
+    read_pieces(
+        &mut disk(&kept("snapshot-v1")),
+        |_, kind, position, payload| {
+            let mut payload = payload.to_vec();
+            if kind == changed {
+                change(&mut payload);
+            }
+            loaded = loaded.and_then(|()| shard.load(kind, position, &payload));
+        },
+    );
+    loaded
+}
+
+#[test]
+fn a_piece_that_says_what_no_shard_writes_is_refused() {
+    // In the tasks' piece: slots 0 (Enqueued), 1 (Scheduled), 5 and 6 (Running), 9 (Succeeded).
+    let task = |index: usize, field: &str| {
+        let before = TASK_FIELDS.iter().take_while(|(name, _)| *name != field);
+        8 + index * 72 + before.map(|(_, bytes)| bytes).sum::<usize>()
+    };
+    let far = u64::MAX.to_le_bytes();
+    let cases: [(PieceKind, usize, &[u8]); 20] = [
+        (PieceKind::Tasks, 0, &[1]),
+        (PieceKind::Tasks, 4, &[5]),
+        (PieceKind::Tasks, task(1, "slot"), &[0]),
+        (PieceKind::Tasks, task(0, "function"), &[2]),
+        (PieceKind::Tasks, task(0, "seq"), &far),
+        (PieceKind::Tasks, task(0, "accepted_ms"), &far),
+        (PieceKind::Tasks, task(0, "position"), &far),
+        (PieceKind::Tasks, task(0, "cell"), &[0xff, 0xff]),
+        (PieceKind::Tasks, task(0, "attempt"), &[1]),
+        (PieceKind::Tasks, task(0, "cost"), &[0, 0]),
+        (PieceKind::Tasks, task(0, "state"), &[State::Dequeued as u8]),
+        (PieceKind::Tasks, task(0, "state"), &[State::Paused as u8]),
+        (PieceKind::Tasks, task(0, "state"), &[0]),
+        (PieceKind::Tasks, task(0, "flags"), &[4]),
+        (PieceKind::Tasks, task(4, "attempt"), &[0]),
+        (PieceKind::Tasks, task(8, "at"), &far),
+        (PieceKind::Names, 40, &[0xff]),
+        (PieceKind::HeldKeys, 16, &[2]),
+        (PieceKind::End, 0, &far),
+        (PieceKind::End, 8, &far),
+    ];
+    for (kind, at, bytes) in cases {
+        let loaded = load_with(kind, |payload| {
+            assert_ne!(&payload[at..at + bytes.len()], bytes);
+            payload[at..at + bytes.len()].copy_from_slice(bytes);
+        });
+        assert_eq!(loaded, Err(Unloadable), "{kind:?} with {bytes:?} at {at}");
+    }
+    for kind in (1..=6).filter_map(PieceKind::from_number) {
+        let loaded = load_with(kind, |payload| payload.push(1));
+        assert_eq!(loaded, Err(Unloadable), "{kind:?} with a byte more");
+        assert_eq!(load_with(kind, |_| {}), Ok(()));
+    }
+    // Two running tasks of one key, and configuration that comes twice.
+    let one_key = load_with(PieceKind::Tasks, |payload| {
+        payload[task(4, "key")] = 1;
+        payload[task(5, "key")] = 1;
+    });
+    let twice = load_with(PieceKind::Config, |payload| payload.extend_from_within(..));
+    assert_eq!((one_key, twice), (Err(Unloadable), Err(Unloadable)));
 }
