@@ -222,7 +222,7 @@ fn an_outcome_in_front_of_its_tasks_record_is_found_after_both_were_moved() {
         // outcome.
         let (base, batch) = rig.log.last().unwrap();
         let end = (base + batch.len() as u64) % SEGMENT_BYTES;
-        let opening = end >= SEGMENT_BYTES / 2 || end < 10 * 4096;
+        let opening = !(10 * 4096..SEGMENT_BYTES / 2).contains(&end);
         if opening && let Some((request, token, _)) = given.pop() {
             rig.post_outcome(request, token, Verdict::Succeeded, "the result");
             ended.push(request);
