@@ -8,13 +8,13 @@ mod rig;
 use pelton_core::{
     config::{FunctionConfig, OnFailure},
     error::Code,
-    event::{Query, Reply, Start, SubmitBatch, Target, TaskView, Verdict},
+    event::{Control, Query, Reply, Start, SubmitBatch, Target, TaskView, Verdict},
     id::{FunctionId, RequestId},
     record::{Record, read_whole},
     shard::Options,
     state::State,
 };
-use rig::Rig;
+use rig::{EXECUTOR, Rig};
 
 const SEGMENT_BYTES: u64 = 4 << 20;
 
@@ -191,6 +191,61 @@ fn a_finished_task_keeps_its_result_when_its_records_are_moved() {
     }
     rig.lend(held, 1);
     assert!(rig.executes().is_empty(), "the failure still holds the key");
+}
+
+#[test]
+fn an_outcome_in_front_of_its_tasks_record_is_found_after_both_were_moved() {
+    let mut rig = rig(1_000);
+    let busy = rig.function("noisy", "busy", FunctionConfig::default());
+    let patient = FunctionConfig {
+        timeout_ms: 3_600_000,
+        ..FunctionConfig::default()
+    };
+    let old = rig.function("noisy", "old", patient);
+    rig.lend(busy, 1);
+    rig.inbox.control.push_back(Control::SlotsLent {
+        executor: EXECUTOR,
+        function: old,
+        index: 1,
+        count: 100,
+    });
+    rig.settle();
+    let restless = rig.accept(busy, b"restless");
+    for _ in 0..100 {
+        rig.accept(old, b"old");
+    }
+    let mut given = rig.executes();
+    let (_, mut token, _) = given.remove(0);
+    let mut ended = Vec::new();
+    for _ in 0..12_000 {
+        // A segment's first batches are when the oldest segment is cleaned: a task that ends now is moved behind its
+        // outcome.
+        let (base, batch) = rig.log.last().unwrap();
+        let end = (base + batch.len() as u64) % SEGMENT_BYTES;
+        let opening = !(10 * 4096..SEGMENT_BYTES / 2).contains(&end);
+        if opening && let Some((request, token, _)) = given.pop() {
+            rig.post_outcome(request, token, Verdict::Succeeded, "the result");
+            ended.push(request);
+        }
+        rig.outcome(restless, token, Verdict::Rejected, "").unwrap();
+        rig.advance(100);
+        token = rig.executes()[0].1;
+    }
+    assert!(given.is_empty() && rig.shard.retire_before().0 >= 8 * SEGMENT_BYTES);
+    for restart in [false, true] {
+        if restart {
+            rig.restart();
+        }
+        for &request in &ended {
+            let kept = view(&mut rig, request);
+            assert_eq!(kept.state, State::Succeeded);
+            let record = rig.read(kept.outcome, 4096);
+            let Ok(Record::RelocatedOutcome(moved)) = read_whole(&record) else {
+                panic!("the outcome was moved")
+            };
+            assert_eq!(&*moved.outcome.result, b"the result");
+        }
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod frames;
 mod ids;
 mod records;
 mod recovery;
+mod snapshots;
 
 /// The server is a program and exports nothing: what reads its settings is taken from its sources.
 #[path = "../../server/src/config.rs"]
@@ -27,7 +28,7 @@ pub struct Target {
 }
 
 /// Every target there is. What Pelton learns to read gets a line here and a file of its own.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target {
         name: "frames",
         what: "a stream cut into frames, and every body, of both directions",
@@ -42,6 +43,11 @@ pub const TARGETS: [Target; 5] = [
         name: "recovery",
         what: "a log whose files were damaged, mixed up or forged",
         run: recovery::run,
+    },
+    Target {
+        name: "snapshots",
+        what: "a snapshot whose pieces were changed, with checksums that hold, and files of any bytes",
+        run: snapshots::run,
     },
     Target {
         name: "config",

@@ -95,6 +95,9 @@ pub fn run(data: &[u8]) {
                     "one damaged block is named or harmless"
                 );
             }
+            if report.epoch == u64::MAX {
+                return; // Only a forged epoch is that high: none follows it, and the next start says so.
+            }
             // What a recovery leaves is a log that ended in order. Only where a file took the number of another one, old
             // batches of that number may be left behind the end, and are erased as a torn tail would be.
             let (again, found_again) = start(device);

@@ -12,6 +12,7 @@ use crate::{
     device::{Block, Device, DeviceError, DeviceErrorKind, DeviceOp, FileId, Output, Tag},
     format::BLOCK_BYTES,
     log::BUFFER_COUNT,
+    snapshot::parse_snapshot_name,
 };
 
 /// Bytes that a disk writes all or nothing.
@@ -219,11 +220,14 @@ impl MemoryDevice {
         self.failing = Some(Failing::MisdirectedWrite);
     }
 
-    /// A block that holds something rots. False if none was found.
+    /// A block that holds something rots, in one bit or all over: of a snapshot as often as of the many segments. False
+    /// if none was found.
     pub fn rot_somewhere(&mut self) -> bool {
         for _ in 0..64 {
-            let Some(file) = self.settled_file() else {
-                return false;
+            let of_snapshot = self.random.below(2) == 0;
+            let is_of_kind = |name: &str| parse_snapshot_name(name).is_some() == of_snapshot;
+            let Some(file) = self.settled_file(is_of_kind) else {
+                continue;
             };
             let blocks = self.data[file].bytes.len() / BLOCK_BYTES;
             let block = self.random.below(blocks as u64) as usize;
@@ -235,8 +239,14 @@ impl MemoryDevice {
                 continue;
             }
             self.remember(file, at, BLOCK_BYTES);
-            let first = self.random.below(ROT_STRIDE_BYTES as u64) as usize;
-            for offset in (first..BLOCK_BYTES).step_by(ROT_STRIDE_BYTES) {
+            let all_over = self.random.below(2) == 0;
+            let stride = if all_over {
+                ROT_STRIDE_BYTES
+            } else {
+                BLOCK_BYTES
+            };
+            let first = self.random.below(stride as u64) as usize;
+            for offset in (first..BLOCK_BYTES).step_by(stride) {
                 let flipped = 1 << self.random.below(8);
                 self.data[file].bytes[at + offset] ^= flipped;
                 self.data[file].durable[at + offset] ^= flipped;
@@ -292,11 +302,12 @@ impl MemoryDevice {
     }
 
     /// A file with a name, all of whose writes are flushed.
-    fn settled_file(&mut self) -> Option<usize> {
+    fn settled_file(&mut self, is_meant: impl Fn(&str) -> bool) -> Option<usize> {
         let settled: Vec<usize> = self
             .names
-            .values()
-            .copied()
+            .iter()
+            .filter(|(name, _)| is_meant(name))
+            .map(|(_, &file)| file)
             .filter(|&file| {
                 let data = &self.data[file];
                 data.unflushed.is_empty()
@@ -332,7 +343,7 @@ impl MemoryDevice {
 
     fn misdirect(&mut self, file: FileId, offset: u64, bytes: &[u8]) {
         let other = if self.random.one_in(2) {
-            self.settled_file()
+            self.settled_file(|_| true)
         } else {
             None
         };

@@ -378,6 +378,8 @@ struct Survey {
     /// The numbers of the snapshots, the newest first.
     snapshots: Vec<u64>,
     next_file: u32,
+    /// The highest epoch of a header.
+    epoch: u64,
     segment_bytes: u64,
 }
 
@@ -394,6 +396,7 @@ impl Survey {
             leftovers: Vec::new(),
             snapshots: Vec::new(),
             next_file: 0,
+            epoch: 0,
             segment_bytes: options.segment_bytes,
         };
         let mut epochs: BTreeMap<u64, u64> = BTreeMap::new();
@@ -441,6 +444,15 @@ impl Survey {
                     what: "no log is so long that it has a segment of this number",
                 });
             }
+            if header.epoch == u64::MAX {
+                return Err(RecoverError::Corrupt {
+                    file: name,
+                    segment: header.segment,
+                    offset: 0,
+                    what: "no epoch can follow that of the header here",
+                });
+            }
+            survey.epoch = survey.epoch.max(header.epoch);
             let segment = Segment {
                 number: header.segment,
                 key: header.key,
@@ -907,7 +919,8 @@ fn settle<D: Device>(
         device.perform(DeviceOp::Remove { name })?;
     }
     let mut found = Found {
-        epoch: judged.report.epoch + 1,
+        // Above that of each header too: the file of a segment that is prepared from now on is the younger one.
+        epoch: judged.report.epoch.max(survey.epoch) + 1,
         live: VecDeque::new(),
         dead: survey.dead,
         next_file: survey.next_file,

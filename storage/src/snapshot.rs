@@ -67,6 +67,16 @@ pub fn is_temporary_name(name: &str) -> bool {
     name.starts_with("snapshot-") && name.ends_with(".tmp")
 }
 
+/// The first piece.
+pub fn encode_begin(options: Options, number: u64, begin: Begin) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(BEGIN_BYTES);
+    payload.extend(begin.epoch.to_le_bytes());
+    payload.extend(u64::from(begin.prev_crc).to_le_bytes());
+    payload.extend(begin.secret.to_le_bytes());
+    payload.extend(options.segment_bytes.to_le_bytes());
+    encode_piece(options, number, 0, KIND_BEGIN, begin.start, &payload)
+}
+
 /// A piece with its header, padded to whole blocks.
 pub fn encode_piece(
     options: Options,
@@ -360,12 +370,7 @@ impl Writer {
         expected_bytes: u64,
         outdated: Vec<u64>,
     ) -> Writer {
-        let mut payload = Vec::with_capacity(BEGIN_BYTES);
-        payload.extend(begin.epoch.to_le_bytes());
-        payload.extend(u64::from(begin.prev_crc).to_le_bytes());
-        payload.extend(begin.secret.to_le_bytes());
-        payload.extend(options.segment_bytes.to_le_bytes());
-        let block = encode_piece(options, number, 0, KIND_BEGIN, begin.start, &payload);
+        let block = encode_begin(options, number, begin);
         Writer {
             options,
             number,

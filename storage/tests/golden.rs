@@ -12,33 +12,66 @@ use std::{
 };
 
 use pelton_core::{
+    clock::Now,
     config::{Change, FunctionConfig, OnFailure, TenantConfig},
+    event::{Effects, Inbox},
     id::{CellId, FunctionId, Lsn, RequestId, SlotIndex, TenantId},
+    limits::BATCH_BYTES_MAX,
     record::*,
+    shard::{Options as ShardOptions, Shard},
+    snapshot::{PieceKind, Unloadable},
+    state::State,
 };
 use pelton_storage::{
+    device::{Device, DeviceOp, Output},
     format::{
-        BATCH_HEADER_BYTES, BadHeader, BatchHeader, FLAG_CARRY, FLAG_CLOSING, FLAG_OPENING,
-        FORMAT_VERSION, SegmentHeader, record_holds, seal_records,
+        BATCH_HEADER_BYTES, BLOCK_BYTES, BadHeader, BatchHeader, FLAG_CARRY, FLAG_CLOSING,
+        FLAG_OPENING, FORMAT_VERSION, SegmentHeader, record_holds, seal_records,
     },
+    log::Options,
+    memory::MemoryDevice,
     recover::{RecoverError, records},
+    snapshot::{
+        Begin, PIECE_HEADER_BYTES, Read, Reading, SNAPSHOT_VERSION, encode_begin, encode_piece,
+        snapshot_name,
+    },
 };
 use xxhash_rust::xxh3::xxh3_64;
 
-/// A thing on the disk: the bytes that this version writes for it, and what it reads out of bytes.
-struct Golden {
-    /// Its files are called so, with `.bin` and `.txt` behind.
-    name: &'static str,
-    written: Vec<u8>,
+/// Names of files, without `.bin` and `.txt`, and the bytes that this version writes for them.
+type Samples = Vec<(&'static str, Vec<u8>)>;
+
+/// A kind of thing on the disk.
+struct Kind {
+    samples: fn() -> Samples,
+    /// What bytes of the kind say.
     read: fn(&[u8]) -> String,
+    /// Makes them those of the version behind this one, and sees that they are refused by it.
+    refused: fn(Vec<u8>),
 }
 
-/// The kinds of things. Each function lists its samples.
-const KINDS: [fn() -> Vec<Golden>; 3] = [records_of_the_log, segment_headers, batches];
-
-fn all() -> Vec<Golden> {
-    KINDS.iter().flat_map(|kind| kind()).collect()
-}
+const KINDS: [Kind; 4] = [
+    Kind {
+        samples: records_of_the_log,
+        read: read_record,
+        refused: refused_record,
+    },
+    Kind {
+        samples: segment_headers,
+        read: read_segment_header,
+        refused: refused_segment_header,
+    },
+    Kind {
+        samples: batches,
+        read: read_batch,
+        refused: refused_batch,
+    },
+    Kind {
+        samples: snapshots,
+        read: read_snapshot,
+        refused: refused_snapshot,
+    },
+];
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -55,6 +88,7 @@ macro_rules! lines {
 
 /// Where the samples' records stand, and under which key.
 const POSITION: Lsn = Lsn((5 << 26) + 8192);
+const LOG_ID: u128 = 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10;
 const KEY: u128 = 0x0f0e_0d0c_0b0a_0908_0706_0504_0302_0100;
 
 fn batch_header(flags: u16, payload_bytes: u32, records: u32) -> BatchHeader {
@@ -74,7 +108,7 @@ fn batch_header(flags: u16, payload_bytes: u32, records: u32) -> BatchHeader {
 }
 
 /// A whole batch with these records.
-fn batch(flags: u16, append: impl FnOnce(&mut BatchSpace<'_>)) -> Vec<u8> {
+fn batch<T>(flags: u16, append: impl FnOnce(&mut BatchSpace<'_>) -> T) -> Vec<u8> {
     let mut bytes = vec![0; 1 << 16];
     let mut space = BatchSpace {
         bytes: &mut bytes,
@@ -92,7 +126,7 @@ fn batch(flags: u16, append: impl FnOnce(&mut BatchSpace<'_>)) -> Vec<u8> {
 }
 
 /// A record as it stands in a batch, its header with its checksum in front.
-fn record(append: impl FnOnce(&mut BatchSpace<'_>)) -> Vec<u8> {
+fn record(append: impl FnOnce(&mut BatchSpace<'_>) -> Placed) -> Vec<u8> {
     let batch = batch(0, append);
     let whole = pelton_storage::format::record_bytes(&batch[BATCH_HEADER_BYTES..]).unwrap();
     batch[BATCH_HEADER_BYTES..][..whole].to_vec()
@@ -169,124 +203,98 @@ fn function() -> Change {
     }
 }
 
-fn records_of_the_log() -> Vec<Golden> {
-    let golden = |name, written| Golden {
-        name,
-        written,
-        read: read_record,
+fn config(version: u64, change: &Change) -> Vec<u8> {
+    record(|space| space.append(Schema::Config, &ConfigRecordV1::new(version, change)))
+}
+
+fn records_of_the_log() -> Samples {
+    let lease = LeaseRecordV1 {
+        request: request(1).0,
+        executor: 0x0102_0304_0506_0708,
+        at_ms: 0x1112_1314_1516_1718,
+        generation: 0x2122,
+        attempt: 0x3132,
     };
-    let config = |version, change: Change| {
-        record(|space| {
-            space.append(Schema::Config, &ConfigRecordV1::new(version, &change));
-        })
+    let moved = MoveRecordV1 {
+        request: request(3).0,
+        at_ms: 0x0102_0304_0506_0708,
+        state: 11,
     };
     let removed = Change::FunctionRemoved {
         id: FunctionId(0x0102_0304),
     };
+    let clock = ClockRecordV1 {
+        logged_ms: 0x0102_0304_0506_0708,
+        next_seq: 0x1112_1314_1516_1718,
+    };
+    let relocated_task = RelocatedTaskRecordV1 {
+        task: task(true),
+        from: 0x0102_0304_0506_0708,
+        at_ms: 0x1112_1314_1516_1718,
+        due_ms: 0x2122_2324_2526_2728,
+        outcome: 0x3132_3334_3536_3738,
+        outcome_bytes: 0x4142_4344,
+        max_age_s: 0x5152_5354,
+        generation: 0x6162,
+        attempt: 0x7172,
+        state: 9,
+        retries: 2,
+        holds_key: 1,
+    };
+    let relocated_outcome = RelocatedOutcomeRecordV1 {
+        outcome: outcome(true),
+        from: 0x0102_0304_0506_0708,
+    };
+    let relocated_name = RelocatedNameRecordV1 {
+        request: request(4).0,
+        payload_hash: 0x0102_0304_0506_0708,
+        function: 0x1112_1314,
+        key: "customer-7",
+        task_id: "order-42",
+    };
     vec![
-        golden(
+        (
             "record-01-task",
-            record(|space| {
-                space.append(Schema::Task, &task(true));
-            }),
+            record(|space| space.append(Schema::Task, &task(true))),
         ),
-        golden(
+        (
             "record-01-task-bare",
-            record(|space| {
-                space.append(Schema::Task, &task(false));
-            }),
+            record(|space| space.append(Schema::Task, &task(false))),
         ),
-        golden(
+        (
             "record-02-lease",
-            record(|space| {
-                let lease = LeaseRecordV1 {
-                    request: request(1).0,
-                    executor: 0x0102_0304_0506_0708,
-                    at_ms: 0x1112_1314_1516_1718,
-                    generation: 0x2122,
-                    attempt: 0x3132,
-                };
-                space.append(Schema::Lease, &lease);
-            }),
+            record(|space| space.append(Schema::Lease, &lease)),
         ),
-        golden(
+        (
             "record-03-outcome",
-            record(|space| {
-                space.append(Schema::Outcome, &outcome(true));
-            }),
+            record(|space| space.append(Schema::Outcome, &outcome(true))),
         ),
-        golden(
+        (
             "record-03-outcome-bare",
-            record(|space| {
-                space.append(Schema::Outcome, &outcome(false));
-            }),
+            record(|space| space.append(Schema::Outcome, &outcome(false))),
         ),
-        golden(
+        (
             "record-04-move",
-            record(|space| {
-                let moved = MoveRecordV1 {
-                    request: request(3).0,
-                    at_ms: 0x0102_0304_0506_0708,
-                    state: 11,
-                };
-                space.append(Schema::Move, &moved);
-            }),
+            record(|space| space.append(Schema::Move, &moved)),
         ),
-        golden("record-05-config-tenant", config(1, tenant())),
-        golden("record-05-config-function", config(2, function())),
-        golden("record-05-config-removed", config(u64::MAX, removed)),
-        golden(
+        ("record-05-config-tenant", config(1, &tenant())),
+        ("record-05-config-function", config(2, &function())),
+        ("record-05-config-removed", config(u64::MAX, &removed)),
+        (
             "record-06-clock",
-            record(|space| {
-                let clock = ClockRecordV1 {
-                    logged_ms: 0x0102_0304_0506_0708,
-                    next_seq: 0x1112_1314_1516_1718,
-                };
-                space.append(Schema::Clock, &clock);
-            }),
+            record(|space| space.append(Schema::Clock, &clock)),
         ),
-        golden(
+        (
             "record-07-relocated-task",
-            record(|space| {
-                let relocated = RelocatedTaskRecordV1 {
-                    task: task(true),
-                    from: 0x0102_0304_0506_0708,
-                    at_ms: 0x1112_1314_1516_1718,
-                    due_ms: 0x2122_2324_2526_2728,
-                    outcome: 0x3132_3334_3536_3738,
-                    outcome_bytes: 0x4142_4344,
-                    max_age_s: 0x5152_5354,
-                    generation: 0x6162,
-                    attempt: 0x7172,
-                    state: 9,
-                    retries: 2,
-                    holds_key: 1,
-                };
-                space.append(Schema::RelocatedTask, &relocated);
-            }),
+            record(|space| space.append(Schema::RelocatedTask, &relocated_task)),
         ),
-        golden(
+        (
             "record-08-relocated-outcome",
-            record(|space| {
-                let relocated = RelocatedOutcomeRecordV1 {
-                    outcome: outcome(true),
-                    from: 0x0102_0304_0506_0708,
-                };
-                space.append(Schema::RelocatedOutcome, &relocated);
-            }),
+            record(|space| space.append(Schema::RelocatedOutcome, &relocated_outcome)),
         ),
-        golden(
+        (
             "record-09-relocated-name",
-            record(|space| {
-                let name = RelocatedNameRecordV1 {
-                    request: request(4).0,
-                    payload_hash: 0x0102_0304_0506_0708,
-                    function: 0x1112_1314,
-                    key: "customer-7",
-                    task_id: "order-42",
-                };
-                space.append(Schema::RelocatedName, &name);
-            }),
+            record(|space| space.append(Schema::RelocatedName, &relocated_name)),
         ),
     ]
 }
@@ -402,47 +410,56 @@ fn outcome_lines(outcome: &ArchivedOutcomeRecordV1<'_>) -> String {
     }
 }
 
-fn segment_headers() -> Vec<Golden> {
+fn refused_record(mut bytes: Vec<u8>) {
+    let next = Schema::ALL.len() as u16 + 1;
+    bytes[4..6].copy_from_slice(&next.to_le_bytes());
+    let read = read_whole(&bytes).map(|_| ());
+    assert_eq!(read, Err(Unreadable { schema: next }));
+}
+
+fn segment_headers() -> Samples {
     let header = SegmentHeader {
         shard: 258,
-        log_id: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
+        log_id: LOG_ID,
         segment: 5,
         segment_bytes: 1 << 26,
         epoch: 0x1112_1314_1516_1718,
         key: KEY,
     };
-    vec![Golden {
-        name: "segment-header-v1",
-        written: header.encode(),
-        read: |bytes| {
-            let header = SegmentHeader::decode(bytes).unwrap();
-            lines! {
-                "shard": header.shard,
-                "log_id": header.log_id,
-                "segment": header.segment,
-                "segment_bytes": header.segment_bytes,
-                "epoch": header.epoch,
-                "key": header.key,
-            }
-        },
-    }]
+    vec![("segment-header-v1", header.encode())]
 }
 
-fn batches() -> Vec<Golden> {
-    let golden = |name, written| Golden {
-        name,
-        written,
-        read: read_batch,
-    };
+fn read_segment_header(bytes: &[u8]) -> String {
+    let header = SegmentHeader::decode(bytes).unwrap();
+    lines! {
+        "shard": header.shard,
+        "log_id": header.log_id,
+        "segment": header.segment,
+        "segment_bytes": header.segment_bytes,
+        "epoch": header.epoch,
+        "key": header.key,
+    }
+}
+
+fn refused_segment_header(mut bytes: Vec<u8>) {
+    bytes[4..6].copy_from_slice(&(FORMAT_VERSION + 1).to_le_bytes());
+    bytes[8..12].fill(0);
+    let crc = crc32c::crc32c(&bytes);
+    bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+    let read = SegmentHeader::decode(&bytes);
+    assert_eq!(read, Err(BadHeader::Version(FORMAT_VERSION + 1)));
+}
+
+fn batches() -> Samples {
     let two = batch(0, |space| {
         space.append(Schema::Task, &task(true));
         space.append(Schema::Outcome, &outcome(false));
     });
     vec![
-        golden("batch-v1", two),
-        golden("batch-v1-opening", batch(FLAG_OPENING, |_| {})),
-        golden("batch-v1-carry", batch(FLAG_CARRY, |_| {})),
-        golden("batch-v1-closing", batch(FLAG_CLOSING, |_| {})),
+        ("batch-v1", two),
+        ("batch-v1-opening", batch(FLAG_OPENING, |_| {})),
+        ("batch-v1-carry", batch(FLAG_CARRY, |_| {})),
+        ("batch-v1-closing", batch(FLAG_CLOSING, |_| {})),
     ]
 }
 
@@ -471,33 +488,376 @@ fn read_batch(bytes: &[u8]) -> String {
     text
 }
 
+fn refused_batch(mut bytes: Vec<u8>) {
+    bytes[4..6].copy_from_slice(&(FORMAT_VERSION + 1).to_le_bytes());
+    assert_eq!(BatchHeader::peek(&bytes), None);
+}
+
+const OPTIONS: Options = Options {
+    shard: 258,
+    log_id: LOG_ID,
+    segment_bytes: 1 << 26,
+};
+const SECRET: u64 = 0x5152_5354_5556_5758;
+const NUMBER: u64 = 7;
+/// Logged time of the snapshot's tasks.
+const NOW_MS: u64 = 0x018f_0000_0000;
+
+/// What a log says that leads to every kind of entry in a snapshot.
+fn records_of_a_snapshot() -> Vec<Vec<u8>> {
+    let at = |slot: u32| {
+        RequestId::new(
+            CellId(0xabc),
+            NOW_MS,
+            100 + u64::from(slot),
+            SlotIndex(slot),
+        )
+    };
+    let accepted = |slot: u32, change: fn(&mut TaskRecordV1<'static>)| {
+        let mut task = TaskRecordV1 {
+            request: at(slot).0,
+            tenant: 0,
+            function: 0,
+            max_age_s: 0x1_5180,
+            ..task(false)
+        };
+        change(&mut task);
+        record(|space| space.append(Schema::Task, &task))
+    };
+    let leased = |slot: u32| {
+        let lease = LeaseRecordV1 {
+            request: at(slot).0,
+            executor: 9,
+            at_ms: NOW_MS,
+            generation: 0,
+            attempt: 1,
+        };
+        record(|space| space.append(Schema::Lease, &lease))
+    };
+    let ended = |slot: u32, change: fn(&mut OutcomeRecordV1<'static>)| {
+        let mut outcome = OutcomeRecordV1 {
+            request: at(slot).0,
+            at_ms: NOW_MS,
+            generation: 0,
+            attempt: 1,
+            ..outcome(false)
+        };
+        change(&mut outcome);
+        record(|space| space.append(Schema::Outcome, &outcome))
+    };
+    let moved = |slot: u32, state: State| {
+        let moved = MoveRecordV1 {
+            request: at(slot).0,
+            at_ms: NOW_MS,
+            state: state as u8,
+        };
+        record(|space| space.append(Schema::Move, &moved))
+    };
+    let of = |id: u32, name: &str, change: Change| match change {
+        Change::Function { config, .. } => Change::Function {
+            id: FunctionId(id),
+            tenant: TenantId(0),
+            name: name.into(),
+            config,
+        },
+        Change::Tenant { config, .. } => Change::Tenant {
+            id: TenantId(id),
+            name: name.into(),
+            config,
+        },
+        removed @ Change::FunctionRemoved { .. } => removed,
+    };
+    let clock = ClockRecordV1 {
+        logged_ms: NOW_MS,
+        next_seq: 0x1112_1314,
+    };
+    let removed = Change::FunctionRemoved { id: FunctionId(1) };
+    vec![
+        config(1, &of(0, "acme", tenant())),
+        config(2, &of(0, "digest", function())),
+        config(3, &of(1, "gone", function())),
+        config(4, &removed),
+        record(|space| space.append(Schema::Clock, &clock)),
+        // Waiting: with a given name, delayed, behind a held key, in memory alone.
+        accepted(0, |task| {
+            task.task_id = "order-42";
+            task.payload_hash = 0x3132_3334_3536_3738;
+        }),
+        accepted(1, |task| task.due_ms = NOW_MS + 0x1_0000),
+        accepted(2, |task| task.key = "customer-7"),
+        accepted(3, |task| task.durability = 1),
+        // Running: delayed before, too old already, asked to stop. Slot 4 stays empty.
+        accepted(5, |task| task.due_ms = NOW_MS - 1_000),
+        leased(5),
+        accepted(6, |task| {
+            task.due_ms = NOW_MS - 1_000;
+            task.max_age_s = 2;
+        }),
+        leased(6),
+        accepted(7, |_| {}),
+        leased(7),
+        moved(7, State::Stopping),
+        // To be tried again.
+        accepted(8, |_| {}),
+        leased(8),
+        ended(8, |outcome| {
+            outcome.state = State::Retrying as u8;
+            outcome.retries = 3;
+            outcome.due_ms = NOW_MS + 0x2_0000;
+        }),
+        // Ended, in each of the ways.
+        accepted(9, |_| {}),
+        leased(9),
+        ended(9, |outcome| outcome.result = b"result"),
+        accepted(10, |task| task.key = "customer-8"),
+        leased(10),
+        ended(10, |outcome| {
+            outcome.state = State::Failed as u8;
+            outcome.error = "no route to host";
+            outcome.holds_key = 1;
+        }),
+        accepted(11, |_| {}),
+        moved(11, State::Stopped),
+        accepted(12, |_| {}),
+        moved(12, State::Expired),
+        accepted(13, |_| {}),
+        moved(13, State::Invalid),
+    ]
+}
+
+/// The shard that has read those records, and the position behind them.
+fn shard_of_a_snapshot() -> (Shard, Lsn) {
+    let mut shard = Shard::new(shard_options());
+    let mut position = POSITION;
+    for record in records_of_a_snapshot() {
+        let schema = u16::from_le_bytes([record[4], record[5]]);
+        let body = &record[RECORD_HEADER_BYTES..];
+        shard.replay(position, schema, body).unwrap();
+        position.0 += 4096;
+    }
+    shard.start(now(0));
+    (shard, position)
+}
+
+fn shard_options() -> ShardOptions {
+    ShardOptions {
+        seed: SECRET,
+        segment_bytes: OPTIONS.segment_bytes,
+        ..ShardOptions::default()
+    }
+}
+
+fn now(after_ms: u64) -> Now {
+    Now {
+        mono_ns: 1 + after_ms * 1_000_000,
+        logged_ms: NOW_MS + after_ms,
+    }
+}
+
+fn snapshots() -> Samples {
+    let (mut shard, position) = shard_of_a_snapshot();
+    // A moment later one that runs is too old.
+    let mut bytes = vec![0; BATCH_BYTES_MAX];
+    let mut space = BatchSpace {
+        bytes: &mut bytes,
+        len: BATCH_HEADER_BYTES,
+        base: position,
+        records: 0,
+    };
+    let (mut inbox, mut effects) = (Inbox::default(), Effects::default());
+    shard.step(now(1_500), None, &mut inbox, &mut space, &mut effects);
+
+    let begin = Begin {
+        start: POSITION,
+        epoch: 0x0102_0304_0506_0708,
+        prev_crc: 0xa1b2_c3d4,
+        secret: shard.secret(),
+    };
+    let mut file = encode_begin(OPTIONS, NUMBER, begin);
+    let mut cursor = shard.snapshot();
+    for index in 1.. {
+        let piece = shard.snapshot_piece(&mut cursor).unwrap();
+        let kind = piece.kind as u16;
+        file.extend(encode_piece(
+            OPTIONS,
+            NUMBER,
+            index,
+            kind,
+            position,
+            &piece.bytes,
+        ));
+        if piece.kind == PieceKind::End {
+            break;
+        }
+    }
+    vec![("snapshot-v1", file)]
+}
+
+/// The disk of a shard with this one snapshot.
+fn disk(file: &[u8]) -> MemoryDevice {
+    let mut device = MemoryDevice::new(1, BLOCK_BYTES);
+    let create = DeviceOp::Create {
+        name: snapshot_name(NUMBER),
+        bytes: file.len() as u64,
+    };
+    let Ok(Output::File(id, _)) = device.perform(create) else {
+        panic!("a creation brings a file");
+    };
+    let write = DeviceOp::Write {
+        file: id,
+        offset: 0,
+        data: file.to_vec(),
+    };
+    device.perform(write).unwrap();
+    device.perform(DeviceOp::Flush { file: id }).unwrap();
+    device.perform(DeviceOp::Close { file: id }).unwrap();
+    device
+}
+
+/// Hands on each piece of a snapshot; false if it is damaged.
+fn read_pieces(
+    device: &mut MemoryDevice,
+    mut each: impl FnMut(&Begin, PieceKind, Lsn, &[u8]),
+) -> bool {
+    let Some((mut reading, begin)) = Reading::open(device, OPTIONS, NUMBER).unwrap() else {
+        return false;
+    };
+    let mut whole = false;
+    while let Read::Piece(kind, position, payload) = reading.next(device).unwrap() {
+        each(&begin, kind, position, payload);
+        if kind == PieceKind::End {
+            whole = true;
+            break;
+        }
+    }
+    reading.close(device);
+    whole
+}
+
+/// One line for what stands in front of the items of a piece, and one for each item, as `docs/FORMAT.md` has them.
+fn read_snapshot(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    let whole = read_pieces(&mut disk(bytes), |begin, kind, position, payload| {
+        if text.is_empty() {
+            text += &format!("{begin:?}\n");
+        }
+        text += &format!("{kind:?} at {}\n", position.0);
+        let mut rest = payload;
+        let items: &[(&str, usize)] = match kind {
+            PieceKind::Config => {
+                text += &config_lines(payload);
+                return;
+            }
+            PieceKind::Tasks => {
+                text += &item_line(&[("first", 4), ("behind", 4)], &mut rest);
+                &TASK_FIELDS
+            }
+            PieceKind::Names => &[
+                ("hash", 16),
+                ("request", 16),
+                ("payload", 8),
+                ("segment", 4),
+            ],
+            PieceKind::Ages => &[("at", 8), ("slot", 4), ("seq", 4)],
+            PieceKind::HeldKeys => &[("hash", 16), ("function", 4)],
+            PieceKind::End => &[("next_seq", 8), ("logged_ms", 8)],
+        };
+        while !rest.is_empty() {
+            text += &item_line(items, &mut rest);
+        }
+    });
+    assert!(whole, "it is sound");
+    text
+}
+
+const TASK_FIELDS: [(&str, usize); 16] = [
+    ("slot", 4),
+    ("function", 4),
+    ("seq", 8),
+    ("accepted_ms", 8),
+    ("position", 8),
+    ("at", 8),
+    ("key", 16),
+    ("max_age_s", 4),
+    ("cell", 2),
+    ("attempt", 2),
+    ("record_units", 2),
+    ("cost", 2),
+    ("state", 1),
+    ("retries", 1),
+    ("flags", 1),
+    ("zero", 1),
+];
+
+fn item_line(fields: &[(&str, usize)], rest: &mut &[u8]) -> String {
+    let fields = fields.iter().map(|&(name, bytes)| {
+        let (field, behind) = rest.split_at(bytes);
+        *rest = behind;
+        let mut wide = [0; 16];
+        wide[..bytes].copy_from_slice(field);
+        format!("{name} {}", u128::from_le_bytes(wide))
+    });
+    format!("- {}\n", fields.collect::<Vec<_>>().join(", "))
+}
+
+fn config_lines(payload: &[u8]) -> String {
+    let mut text = String::new();
+    let mut at = 0;
+    while at < payload.len() {
+        let record = &payload[at..];
+        let bytes = pelton_storage::format::record_bytes(record).unwrap();
+        let Ok(Record::Config(config)) = read_whole(&record[..bytes]) else {
+            panic!("configuration stands there");
+        };
+        let (version, change) = (config.version.to_native(), config.change().unwrap());
+        text += &format!("- version {version}, {change:?}\n");
+        at += bytes.next_multiple_of(RECORD_ALIGN);
+    }
+    text
+}
+
+fn refused_snapshot(mut bytes: Vec<u8>) {
+    bytes[4..6].copy_from_slice(&(SNAPSHOT_VERSION + 1).to_le_bytes());
+    let length = u32::from_le_bytes(*bytes[8..].first_chunk().unwrap()) as usize;
+    let payload = xxh3_64(&bytes[PIECE_HEADER_BYTES..][..length]);
+    let checksum = payload.rotate_left(1) ^ xxh3_64(&bytes[..56]);
+    bytes[56..64].copy_from_slice(&checksum.to_le_bytes());
+    assert!(!read_pieces(&mut disk(&bytes), |_, _, _, _| {}));
+}
+
+fn kept(name: &str) -> Vec<u8> {
+    let path = folder().join(name).with_extension("bin");
+    fs::read(path).unwrap_or_else(|error| panic!("{name}.bin: {error}"))
+}
+
 #[test]
 fn what_was_written_is_read_and_what_is_written_is_the_same() {
     let new = env::var("PELTON_GOLDEN").is_ok_and(|wish| wish == "new");
-    for golden in all() {
-        let place = folder().join(golden.name);
-        let (bin, txt) = (place.with_extension("bin"), place.with_extension("txt"));
-        if new && !bin.exists() {
-            fs::write(&bin, &golden.written).unwrap();
-            fs::write(&txt, (golden.read)(&golden.written)).unwrap();
+    for kind in &KINDS {
+        for (name, written) in (kind.samples)() {
+            let place = folder().join(name);
+            let (bin, txt) = (place.with_extension("bin"), place.with_extension("txt"));
+            if new && !bin.exists() {
+                fs::write(&bin, &written).unwrap();
+                fs::write(&txt, (kind.read)(&written)).unwrap();
+            }
+            let kept = kept(name);
+            let says =
+                fs::read_to_string(&txt).unwrap_or_else(|error| panic!("{name}.txt: {error}"));
+            assert_eq!((kind.read)(&kept), says, "{name}: it reads as it did");
+            assert!(
+                kept == written,
+                "{name}: what is written now differs from what was written; a format does not change"
+            );
         }
-        let name = golden.name;
-        let kept = fs::read(&bin).unwrap_or_else(|error| panic!("{name}.bin: {error}"));
-        let says = fs::read_to_string(&txt).unwrap_or_else(|error| panic!("{name}.txt: {error}"));
-        assert_eq!((golden.read)(&kept), says, "{name}: it reads as it did");
-        assert!(
-            kept == golden.written,
-            "{name}: what is written now differs from what was written; a format does not change"
-        );
     }
 }
 
 #[test]
 fn every_schema_has_a_file_and_the_index_lists_them_all() {
-    let schemas: BTreeSet<u16> = all()
+    let schemas: BTreeSet<u16> = records_of_the_log()
         .iter()
-        .filter(|golden| golden.name.starts_with("record-"))
-        .map(|golden| u16::from_le_bytes([golden.written[4], golden.written[5]]))
+        .map(|(_, written)| u16::from_le_bytes([written[4], written[5]]))
         .collect();
     let known: BTreeSet<u16> = Schema::ALL.iter().map(|schema| *schema as u16).collect();
     assert_eq!(schemas, known, "each schema has a sample");
@@ -512,7 +872,8 @@ fn every_schema_has_a_file_and_the_index_lists_them_all() {
             files.insert(name, (bytes.len().to_string(), sum));
         }
     }
-    let names: BTreeSet<String> = all().iter().map(|g| format!("{}.bin", g.name)).collect();
+    let samples = KINDS.iter().flat_map(|kind| (kind.samples)());
+    let names: BTreeSet<String> = samples.map(|(name, _)| format!("{name}.bin")).collect();
     assert_eq!(
         names,
         files.keys().cloned().collect(),
@@ -541,25 +902,9 @@ fn every_schema_has_a_file_and_the_index_lists_them_all() {
 
 #[test]
 fn what_another_version_writes_is_refused_by_its_number() {
-    for golden in all() {
-        let mut bytes = golden.written.clone();
-        if golden.name.starts_with("record-") {
-            let next = Schema::ALL.len() as u16 + 1;
-            bytes[4..6].copy_from_slice(&next.to_le_bytes());
-            let Err(Unreadable { schema }) = read_whole(&bytes) else {
-                panic!("{}: schema {next} is not known", golden.name);
-            };
-            assert_eq!(schema, next);
-        } else if golden.name.starts_with("segment-") {
-            bytes[4..6].copy_from_slice(&(FORMAT_VERSION + 1).to_le_bytes());
-            bytes[8..12].fill(0);
-            let crc = crc32c::crc32c(&bytes);
-            bytes[8..12].copy_from_slice(&crc.to_le_bytes());
-            let read = SegmentHeader::decode(&bytes);
-            assert_eq!(read, Err(BadHeader::Version(FORMAT_VERSION + 1)));
-        } else {
-            bytes[4..6].copy_from_slice(&(FORMAT_VERSION + 1).to_le_bytes());
-            assert_eq!(BatchHeader::peek(&bytes), None, "{}", golden.name);
+    for kind in &KINDS {
+        for (_, written) in (kind.samples)() {
+            (kind.refused)(written);
         }
     }
     // An error of that kind keeps a program from serving at all.
@@ -568,4 +913,136 @@ fn what_another_version_writes_is_refused_by_its_number() {
         version: FORMAT_VERSION + 1,
     };
     assert!(version.is_of_another_version());
+}
+
+#[test]
+fn a_shard_that_loads_the_kept_snapshot_is_the_one_that_read_the_log() {
+    let (whole, position) = shard_of_a_snapshot();
+    let mut loaded = Shard::new(ShardOptions {
+        seed: 0,
+        ..shard_options()
+    });
+    let mut kinds = Vec::new();
+    let sound = read_pieces(
+        &mut disk(&kept("snapshot-v1")),
+        |begin, kind, place, payload| {
+            if kinds.is_empty() {
+                loaded.load_begins(begin.secret, POSITION.0 / OPTIONS.segment_bytes);
+            }
+            assert_eq!(place, position);
+            assert_eq!(loaded.load(kind, place, payload), Ok(()));
+            kinds.push(kind as u16);
+        },
+    );
+    assert!(sound);
+    assert_eq!(kinds, [1, 2, 3, 4, 5, 6], "every kind of piece is in it");
+    loaded.start(now(0));
+    loaded.audit();
+    loaded.audit_against(&whole);
+    whole.audit_against(&loaded);
+    assert_eq!(loaded.last_logged_ms(), now(1_500).logged_ms);
+}
+
+#[test]
+fn damage_in_the_kept_snapshot_is_refused_wherever_it_is() {
+    let file = kept("snapshot-v1");
+    let mut device = disk(&file);
+    let name = snapshot_name(NUMBER);
+    let mut piece = 0;
+    while piece < file.len() {
+        let length = u32::from_le_bytes(*file[piece + 8..].first_chunk().unwrap()) as usize;
+        let bytes = PIECE_HEADER_BYTES + length;
+        for at in piece..piece + bytes {
+            device.rot(&name, at);
+            assert!(!read_pieces(&mut device, |_, _, _, _| {}), "byte {at}");
+            device.rot(&name, at);
+        }
+        let cut = &file[..piece + bytes - 1];
+        assert!(
+            !read_pieces(&mut disk(cut), |_, _, _, _| {}),
+            "cut at {piece}"
+        );
+        piece += bytes.next_multiple_of(BLOCK_BYTES);
+        // Without this piece, and with it twice.
+        let (front, behind) = file.split_at(piece);
+        let before = piece - bytes.next_multiple_of(BLOCK_BYTES);
+        let without = [&file[..before], behind].concat();
+        assert!(!read_pieces(&mut disk(&without), |_, _, _, _| {}));
+        let twice = [front, &file[before..]].concat();
+        let last = piece == file.len();
+        assert_eq!(read_pieces(&mut disk(&twice), |_, _, _, _| {}), last);
+    }
+    assert!(
+        read_pieces(&mut device, |_, _, _, _| {}),
+        "every bit is back"
+    );
+}
+
+/// Loads the kept snapshot with one of its pieces changed.
+fn load_with(changed: PieceKind, change: impl Fn(&mut Vec<u8>)) -> Result<(), Unloadable> {
+    let mut shard = Shard::new(shard_options());
+    shard.load_begins(SECRET, POSITION.0 / OPTIONS.segment_bytes);
+    let mut loaded = Ok(());
+    read_pieces(
+        &mut disk(&kept("snapshot-v1")),
+        |_, kind, position, payload| {
+            let mut payload = payload.to_vec();
+            if kind == changed {
+                change(&mut payload);
+            }
+            loaded = loaded.and_then(|()| shard.load(kind, position, &payload));
+        },
+    );
+    loaded
+}
+
+#[test]
+fn a_piece_that_says_what_no_shard_writes_is_refused() {
+    // In the tasks' piece: slots 0 (Enqueued), 1 (Scheduled), 5 and 6 (Running), 9 (Succeeded).
+    let task = |index: usize, field: &str| {
+        let before = TASK_FIELDS.iter().take_while(|(name, _)| *name != field);
+        8 + index * 72 + before.map(|(_, bytes)| bytes).sum::<usize>()
+    };
+    let far = u64::MAX.to_le_bytes();
+    let cases: [(PieceKind, usize, &[u8]); 20] = [
+        (PieceKind::Tasks, 0, &[1]),
+        (PieceKind::Tasks, 4, &[5]),
+        (PieceKind::Tasks, task(1, "slot"), &[0]),
+        (PieceKind::Tasks, task(0, "function"), &[2]),
+        (PieceKind::Tasks, task(0, "seq"), &far),
+        (PieceKind::Tasks, task(0, "accepted_ms"), &far),
+        (PieceKind::Tasks, task(0, "position"), &far),
+        (PieceKind::Tasks, task(0, "cell"), &[0xff, 0xff]),
+        (PieceKind::Tasks, task(0, "attempt"), &[1]),
+        (PieceKind::Tasks, task(0, "cost"), &[0, 0]),
+        (PieceKind::Tasks, task(0, "state"), &[State::Dequeued as u8]),
+        (PieceKind::Tasks, task(0, "state"), &[State::Paused as u8]),
+        (PieceKind::Tasks, task(0, "state"), &[0]),
+        (PieceKind::Tasks, task(0, "flags"), &[4]),
+        (PieceKind::Tasks, task(4, "attempt"), &[0]),
+        (PieceKind::Tasks, task(8, "at"), &far),
+        (PieceKind::Names, 40, &[0xff]),
+        (PieceKind::HeldKeys, 16, &[2]),
+        (PieceKind::End, 0, &far),
+        (PieceKind::End, 8, &far),
+    ];
+    for (kind, at, bytes) in cases {
+        let loaded = load_with(kind, |payload| {
+            assert_ne!(&payload[at..at + bytes.len()], bytes);
+            payload[at..at + bytes.len()].copy_from_slice(bytes);
+        });
+        assert_eq!(loaded, Err(Unloadable), "{kind:?} with {bytes:?} at {at}");
+    }
+    for kind in (1..=6).filter_map(PieceKind::from_number) {
+        let loaded = load_with(kind, |payload| payload.push(1));
+        assert_eq!(loaded, Err(Unloadable), "{kind:?} with a byte more");
+        assert_eq!(load_with(kind, |_| {}), Ok(()));
+    }
+    // Two running tasks of one key, and configuration that comes twice.
+    let one_key = load_with(PieceKind::Tasks, |payload| {
+        payload[task(4, "key")] = 1;
+        payload[task(5, "key")] = 1;
+    });
+    let twice = load_with(PieceKind::Config, |payload| payload.extend_from_within(..));
+    assert_eq!((one_key, twice), (Err(Unloadable), Err(Unloadable)));
 }

@@ -31,6 +31,9 @@ pub struct Args {
     /// How long
     #[arg(required_unless_present_any = ["list", "input", "keep"])]
     seconds: Option<u64>,
+    /// Stop after so many inputs, if the time is not over before
+    #[arg(long, value_name = "N", conflicts_with_all = ["input", "keep"])]
+    runs: Option<u64>,
     /// List the targets
     #[arg(long, exclusive = true)]
     list: bool,
@@ -89,6 +92,9 @@ pub fn run(args: &Args) -> io::Result<ExitCode> {
     }
     let seconds = args.seconds.unwrap_or_default();
     engine.arg(format!("-max_total_time={seconds}"));
+    if let Some(runs) = args.runs {
+        engine.arg(format!("-runs={runs}"));
+    }
     engine.args(["-print_final_stats=1", "-use_value_profile=0"]);
     engine.arg(&found).arg(&kept);
     look(engine, target, &broken)

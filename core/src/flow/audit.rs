@@ -3,9 +3,10 @@
 
 use crate::{
     flow::clean::NAME_LIVE_BYTES,
-    shard::{Fact, Shard},
+    limits::RECORD_BYTES_MAX,
+    shard::{Fact, Name, Shard},
     state::State,
-    table::task::{FLAG_KEY_HEAD, List, NIL, Task},
+    table::task::{FLAG_DELAYED, FLAG_KEY_HEAD, FLAG_MEMORY, FLAG_META, List, NIL, Task},
 };
 
 impl Shard {
@@ -236,18 +237,26 @@ impl Shard {
     /// Panics unless this shard, which has just been started from a snapshot, knows what `whole` knows, which has been
     /// started from the whole log with the same secret and at the same time.
     pub fn audit_against(&self, whole: &Shard) {
+        // What there was no room for any more has been forgotten, sooner on one side than on the other: the order of
+        // the ends does not outlive moved records.
+        let is_full = |shard: &Shard| {
+            shard.finished.count >= self.options.finished_max
+                || shard.finished_bytes + RECORD_BYTES_MAX as u64 > self.options.finished_bytes_max
+        };
         for slot in 0..self.tasks.used().max(whole.tasks.used()) {
-            let here = self.tasks.get(slot).filter(|task| !task.state().terminal());
-            let there = whole
-                .tasks
-                .get(slot)
-                .filter(|task| !task.state().terminal());
-            let (Some(here), Some(there)) = (here, there) else {
-                assert!(
-                    here.is_none() && there.is_none(),
-                    "slot {slot} holds {here:?} after the snapshot and {there:?} after the log"
-                );
-                continue;
+            let (here, there) = match (self.tasks.get(slot), whole.tasks.get(slot)) {
+                (Some(here), Some(there)) => (here, there),
+                (None, None) => continue,
+                (here, there) => {
+                    let lacking = if here.is_none() { self } else { whole };
+                    let ended = here.or(there).is_some_and(|task| task.state().terminal());
+                    let forgotten = ended && is_full(lacking);
+                    assert!(
+                        forgotten,
+                        "slot {slot} holds {here:?} after the snapshot and {there:?} after the log"
+                    );
+                    continue;
+                }
             };
             let facts = |task: &Task, shard: &Shard| {
                 let key = match task.key {
@@ -255,12 +264,17 @@ impl Shard {
                     key => shard.keys[key].hash,
                 };
                 let lasts = (task.attempt, task.retries(), task.cost, task.record_units);
-                (task.request(slot), task.function, task.position, lasts, key)
+                let kinds = [FLAG_META, FLAG_MEMORY, FLAG_DELAYED].map(|flag| task.has(flag));
+                let place = (task.request(slot), task.function, task.position);
+                (place, lasts, kinds, key)
             };
             assert_eq!(facts(here, self), facts(there, whole), "slot {slot}");
             assert_eq!(here.state(), there.state(), "slot {slot}");
-            if matches!(here.state(), State::Scheduled) {
-                assert_eq!(here.at, there.at, "slot {slot} is due");
+            if here.state() == State::Scheduled || here.state().terminal() {
+                assert_eq!(
+                    here.at, there.at,
+                    "slot {slot} is due, or its outcome's place"
+                );
             }
         }
         assert_eq!(self.directory, whole.directory, "configuration");
@@ -268,11 +282,12 @@ impl Shard {
         for (known, other) in [(self, whole), (whole, self)] {
             for (hash, name) in known.names.iter() {
                 let until_ms = name.request.accepted_ms() + self.options.dedup_window_ms;
-                let there = other.names.get(hash).map(|there| there.request);
+                let facts = |name: Name| (name.request, name.payload_hash, name.segment);
+                let there = other.names.get(hash).copied().map(facts);
                 assert!(
-                    there == Some(name.request) || until_ms <= self.now.logged_ms,
-                    "the name of {} is that of {there:?}",
-                    name.request
+                    there == Some(facts(name)) || until_ms <= self.now.logged_ms,
+                    "the name of {:?} is that of {there:?}",
+                    facts(name)
                 );
             }
         }

@@ -260,13 +260,13 @@ impl Shard {
         space: &mut BatchSpace<'_>,
     ) -> Looked {
         let request = RequestId(record.request.to_native());
-        let lives = self.tasks.find(request).is_some_and(|slot| {
-            let task = &self.tasks[slot];
+        let lives = |slot: &u32| {
+            let task = &self.tasks[*slot];
             task.state().terminal() && task.at == position.0
-        });
-        if !lives {
+        };
+        let Some(slot) = self.tasks.find(request).filter(lives) else {
             return Looked::Done;
-        }
+        };
         let variable = record.error.len() + record.output.len() + record.result.len();
         let relocated = RelocatedOutcomeRecordV1 {
             outcome: record.to_record(),
@@ -283,6 +283,9 @@ impl Shard {
             to: placed.lsn,
             record_bytes: placed.bytes,
         });
+        // The task's own record may stand behind this one. Moved before this is durable, it would name the old place,
+        // and a start that meets no earlier record of the task would look for the outcome there.
+        self.tasks[slot].set(FLAG_BUSY);
         Looked::Done
     }
 
@@ -409,6 +412,7 @@ impl Shard {
         {
             let before = u64::from(self.tasks[slot].outcome_bytes());
             let task = &mut self.tasks[slot];
+            task.clear(FLAG_BUSY);
             task.at = to.0;
             task.set_outcome_bytes(record_bytes);
             self.recount_bytes(slot, before, u64::from(self.tasks[slot].outcome_bytes()));

@@ -8,13 +8,13 @@
 //! happened to tasks; they are taken after all tasks, so that whatever a task's piece has left out of the replay is in
 //! them.
 
-use alloc::vec::Vec;
+use alloc::{collections::BTreeSet, vec::Vec};
 
 use crate::{
     config::Change,
     flow::replay::Replayed,
     id::{CellId, FunctionId, Lsn, RequestId, SlotIndex},
-    limits::{NAME_BYTES_MAX, SNAPSHOT_PIECE_BYTES},
+    limits::{CELL_COUNT, NAME_BYTES_MAX, SNAPSHOT_PIECE_BYTES},
     planted::{Bug, planted},
     record::{
         BatchSpace, ConfigRecordV1, RECORD_ALIGN, RECORD_HEADER_BYTES, Record, Schema, read,
@@ -321,7 +321,7 @@ impl Shard {
                         payload_hash: fields.u64()?,
                         segment: fields.u32()?,
                     };
-                    if hash == 0 {
+                    if hash == 0 || u64::from(name.segment) > self.segment_of(position) {
                         return Err(Unloadable);
                     }
                     self.found_name(hash, name);
@@ -340,13 +340,17 @@ impl Shard {
                     if hash == 0 || self.directory.function(function).is_none() {
                         return Err(Unloadable);
                     }
-                    let key = self.key_entry(function, hash);
+                    let key = self.load_key(function, hash)?;
                     self.keys[key].held = true;
                 }
             }
             PieceKind::End => {
-                self.next_seq = self.next_seq.max(fields.u64()?);
-                self.now.logged_ms = self.now.logged_ms.max(fields.u64()?);
+                let (next_seq, logged_ms) = (fields.u64()?, fields.u64()?);
+                if next_seq > RequestId::SEQ_MAX || logged_ms > RequestId::ACCEPTED_MS_MAX {
+                    return Err(Unloadable);
+                }
+                self.next_seq = self.next_seq.max(next_seq);
+                self.now.logged_ms = self.now.logged_ms.max(logged_ms);
                 self.number_ends();
             }
         }
@@ -369,6 +373,17 @@ impl Shard {
                 return Err(Unloadable);
             };
             let change: Change = record.change().ok_or(Unloadable)?;
+            // Each comes once, by its number, and what belongs to it behind it.
+            let tenants = self.directory.tenants().len() as u32;
+            let functions = self.directory.functions().len() as u32;
+            let follows = match &change {
+                Change::Tenant { id, .. } => id.0 == tenants,
+                Change::Function { id, tenant, .. } => id.0 == functions && tenant.0 < tenants,
+                Change::FunctionRemoved { id } => id.0 < functions,
+            };
+            if !follows {
+                return Err(Unloadable);
+            }
             self.apply_change(record.version.to_native(), change);
             at = (at + RECORD_HEADER_BYTES + length).next_multiple_of(RECORD_ALIGN);
         }
@@ -381,6 +396,7 @@ impl Shard {
         if from as usize != known || to < from || (to - from) as usize > SLOTS_PER_PIECE {
             return Err(Unloadable);
         }
+        let mut heads = BTreeSet::new();
         while !fields.0.is_empty() {
             let slot = fields.u32()?;
             let function = FunctionId(fields.u32()?);
@@ -392,7 +408,27 @@ impl Shard {
             let [state, retries, shown, _] = fields.take()?;
             let state = State::from_number(state).ok_or(Unloadable)?;
             let tenant = self.directory.function(function).ok_or(Unloadable)?.tenant;
-            if !(from..to).contains(&slot) || self.tasks.get(slot).is_some() {
+            let leased = matches!(state, State::Running | State::Stopping | State::Retrying);
+            let delayed = shown & SHOWN_DELAYED != 0;
+            let possible = match state {
+                State::Dequeued | State::Paused => false,
+                State::Scheduled => delayed && attempt == 0 && cost > 0,
+                State::Enqueued => !delayed && attempt == 0 && cost > 0,
+                State::Running | State::Stopping | State::Retrying => attempt > 0 && cost > 0,
+                State::Succeeded
+                | State::Failed
+                | State::Stopped
+                | State::Expired
+                | State::Invalid => at < position.0,
+            };
+            if !possible
+                || !(from..to).contains(&slot)
+                || self.tasks.get(slot).is_some()
+                || place >= position
+                || seq > RequestId::SEQ_MAX
+                || accepted_ms > RequestId::ACCEPTED_MS_MAX
+                || cell.0 >= CELL_COUNT
+            {
                 return Err(Unloadable);
             }
             self.lane_mut(function, tenant).tenant = tenant;
@@ -407,7 +443,10 @@ impl Shard {
                 task.set(*flag);
             }
             if key != 0 && !state.terminal() {
-                task.key = self.key_entry(function, key);
+                task.key = self.load_key(function, key)?;
+                if leased && !heads.insert(key) {
+                    return Err(Unloadable);
+                }
             }
             let overdue = task.has(FLAG_OVERDUE);
             task.clear(FLAG_OVERDUE);
@@ -420,6 +459,13 @@ impl Shard {
         }
         self.replayed.captured.push(position);
         Ok(())
+    }
+
+    /// The entry of an ordering key, which belongs to one function.
+    fn load_key(&mut self, function: FunctionId, hash: u128) -> Result<u32, Unloadable> {
+        let key = self.key_entry(function, hash);
+        let known = self.keys[key].function == function;
+        known.then_some(key).ok_or(Unloadable)
     }
 
     /// A delayed task that had become due is too old at this time.
