@@ -14,6 +14,7 @@ use pelton_core::{
 
 use crate::{
     engine::Shared,
+    history::History,
     inbox::{Delivery, Outbox},
     routes::Routes,
     sync::{ArrayQueue, AtomicBool},
@@ -63,6 +64,11 @@ impl Edge {
     /// Every shard.
     pub fn shards(&self) -> impl Iterator<Item = ShardId> + use<> {
         (0..self.shard_count()).map(ShardId)
+    }
+
+    /// The history, if there is one.
+    pub fn history(&self) -> Option<&Arc<History>> {
+        self.shared.history.as_ref()
     }
 
     /// Reads the current routing table.

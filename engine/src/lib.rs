@@ -3,8 +3,9 @@
 //! is installed; nothing calls `exit`.
 //!
 //! Reading order: `engine` opens and closes; `inbox` is what lies between the threads, on `sync` and `bell`; `routes`
-//! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `shard_loop` the loop of a shard; `edge`
-//! the handle of whoever talks to the world; `info` and `stats` what queries bring; `embedded` the API for embedding,
+//! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `shard_loop` the loop of a shard; `history`
+//! takes what has ended from the shards to the disk; `edge` is the handle of whoever talks to the world; `info` and
+//! `stats` what queries bring, `listing` how a list is put together; `embedded` the API for embedding,
 //! and `calls` how its calls reach its thread.
 
 pub mod engine;
@@ -22,6 +23,10 @@ pub mod linger;
 mod sleep;
 
 mod shard_loop;
+
+pub mod history;
+
+pub mod listing;
 
 pub mod edge;
 
