@@ -9,7 +9,11 @@ pub const RULE: &str = "edges";
 const EDGES: [(&str, &[&str]); 14] = [
     ("pelton-core", &[]),
     ("pelton-storage", &["pelton-core"]),
-    ("pelton-engine", &["pelton-core", "pelton-storage"]),
+    ("pelton-history", &["pelton-core"]),
+    (
+        "pelton-engine",
+        &["pelton-core", "pelton-storage", "pelton-history"],
+    ),
     ("pelton-net", &["pelton-core"]),
     ("pelton-client", &["pelton-core", "pelton-net"]),
     ("pelton-gateway", &["pelton-core", "pelton-engine"]),

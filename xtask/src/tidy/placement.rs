@@ -14,6 +14,7 @@ struct Home {
 
 const HOMES: [Home; 11] = [
     home("glommio", &["pelton-engine"], &["pelton-storage"]),
+    home("redb", &["pelton-history"], &[]),
     home("io-uring", &[], &["pelton-storage"]),
     home("crossbeam", &["pelton-engine"], &[]),
     home("quinn", &["pelton-net", "pelton-client"], &[]),
@@ -31,9 +32,10 @@ const HOMES: [Home; 11] = [
 ];
 
 /// What must build and run without tokio, in its tests too.
-const NO_TOKIO: [&str; 5] = [
+const NO_TOKIO: [&str; 6] = [
     "pelton-core",
     "pelton-storage",
+    "pelton-history",
     "pelton-engine",
     "pelton-sim",
     "pelton-ffi",
