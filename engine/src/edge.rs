@@ -14,7 +14,6 @@ use pelton_core::{
 
 use crate::{
     engine::Shared,
-    history::History,
     inbox::{Delivery, Outbox},
     routes::Routes,
     sync::{ArrayQueue, AtomicBool},
@@ -24,7 +23,7 @@ use crate::{
 /// send it is dropped.
 pub struct Edge {
     id: EdgeId,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     outbox: Arc<Outbox>,
     /// Shards that were given something since the last `wake`.
     given: std::cell::Cell<[u64; 4]>,
@@ -64,11 +63,6 @@ impl Edge {
     /// Every shard.
     pub fn shards(&self) -> impl Iterator<Item = ShardId> + use<> {
         (0..self.shard_count()).map(ShardId)
-    }
-
-    /// The history, if there is one.
-    pub fn history(&self) -> Option<&Arc<History>> {
-        self.shared.history.as_ref()
     }
 
     /// Reads the current routing table.

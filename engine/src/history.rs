@@ -31,6 +31,7 @@ use pelton_storage::{
 };
 
 use crate::{
+    edge::Edge,
     engine::{Shared, lock},
     info::TaskInfo,
 };
@@ -243,6 +244,13 @@ impl History {
     }
 }
 
+impl Edge {
+    /// The history, if there is one.
+    pub fn history(&self) -> Option<&Arc<History>> {
+        self.shared.history.as_ref()
+    }
+}
+
 /// What the writer knows of a shard.
 struct Source {
     shard: ShardId,
@@ -334,9 +342,10 @@ impl Writer {
             let noted = self.history.shards.iter();
             let now_ms = noted.map(|noted| noted.logged_ms.load(Relaxed)).max();
             let limits = self.history.limits;
-            while self.history.store.expire(now_ms.unwrap_or(0), |_| limits)?
-                && !self.history.stop.load(SeqCst)
-            {}
+            let mut more = true;
+            while more && !self.history.stop.load(SeqCst) {
+                more = self.history.store.expire(now_ms.unwrap_or(0), |_| limits)?;
+            }
             lock(&self.history.stats).store = self.history.store.stats()?;
         }
         Ok(wrote)

@@ -172,5 +172,5 @@ impl Listing {
 
 /// The last one in order first; of the same task, the one that was in front stays in front.
 fn sort(tasks: &mut [TaskInfo]) {
-    tasks.sort_by(|a, b| b.view.request.order().cmp(&a.view.request.order()));
+    tasks.sort_by_key(|task| std::cmp::Reverse(task.view.request.order()));
 }

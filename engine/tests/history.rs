@@ -62,7 +62,7 @@ fn serve(engine: &Engine) {
 
 fn submit(engine: &Engine, numbers: impl Iterator<Item = u32>) -> Vec<RequestId> {
     let task = |n: u32| Task {
-        tags: if n % 10 == 0 {
+        tags: if n.is_multiple_of(10) {
             vec!["tenth".into()]
         } else {
             Vec::new()
@@ -143,7 +143,7 @@ fn what_has_ended_is_found_on_the_disk_and_listed_with_what_has_not_also_after_r
             assert_eq!(by_id.view.request, by_name.view.request);
             assert_eq!(by_id.payload, (n as u32).to_le_bytes());
             assert!(by_id.ended_ms >= request.accepted_ms());
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 assert_eq!(
                     (by_id.view.state, by_id.result),
                     (State::Succeeded, by_id.payload)

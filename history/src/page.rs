@@ -234,7 +234,7 @@ fn by_time(
                 }
             }
         }
-        entries.sort_unstable_by(|a, b| b.0.cmp(&a.0));
+        entries.sort_unstable_by_key(|entry| std::cmp::Reverse(entry.0));
         let mut entries = entries.into_iter().peekable();
         let mut open: Vec<Open> = Vec::new();
         let mut heads: BinaryHeap<(u128, usize)> = BinaryHeap::new();

@@ -473,7 +473,7 @@ fn open(path: &Path) -> Result<Database, StoreError> {
         .create(path)?)
 }
 
-fn closed<'d>(database: &'d Option<Database>) -> Result<&'d Database, StoreError> {
+fn closed(database: &Option<Database>) -> Result<&Database, StoreError> {
     database
         .as_ref()
         .ok_or_else(|| redb::Error::DatabaseClosed.into())

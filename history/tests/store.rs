@@ -30,25 +30,25 @@ struct Made {
 
 fn made(n: u64) -> Made {
     // Accepted in bursts over a minute, and some of them long before.
-    let accepted_ms = START_MS + n / 10 * 37 - if n % 97 == 0 { 40_000_000 } else { 0 };
+    let accepted_ms = START_MS + n / 10 * 37 - if n.is_multiple_of(97) { 40_000_000 } else { 0 };
     Made {
         n,
         tenant: TenantId((n % 2) as u32),
         accepted_ms,
         ended_ms: START_MS + n * 5,
-        name: if n % 3 == 0 {
+        name: if n.is_multiple_of(3) {
             format!("order-{}", n / 10)
         } else {
             String::new()
         },
-        tags: if n % 5 == 0 {
+        tags: if n.is_multiple_of(5) {
             b"\x03a=b\x01c".to_vec()
         } else {
             Vec::new()
         },
         payload: n
             .to_string()
-            .repeat(if n % 400 == 0 { 30_000 } else { 20 })
+            .repeat(if n.is_multiple_of(400) { 30_000 } else { 20 })
             .into_bytes(),
     }
 }
@@ -67,7 +67,7 @@ impl Made {
         Row {
             request: self.request(),
             tenant: self.tenant,
-            state: if self.n % 7 == 0 {
+            state: if self.n.is_multiple_of(7) {
                 State::Failed
             } else {
                 State::Succeeded
@@ -79,7 +79,7 @@ impl Made {
             },
             retries: 1,
             ended_ms: self.ended_ms,
-            code: if self.n % 7 == 0 {
+            code: if self.n.is_multiple_of(7) {
                 Code::Internal
             } else {
                 Code::Ok

@@ -112,7 +112,7 @@ impl Session {
                 let question = self.question(hub, target, |target| TaskQuery::Wait { target });
                 match tokio::time::timeout(time, question).await {
                     Ok(Ok(Answered::Info(InfoReply::NotHeld { request }))) => self
-                        .from_history(hub, named, request)
+                        .get_from_history(hub, named, request)
                         .await
                         .map(|task| Answered::Info(InfoReply::Task(task))),
                     Ok(answered) => answered,
@@ -210,7 +210,7 @@ impl Session {
         let question = |target| TaskQuery::Stop { target, grace_ms };
         match self.question(hub, target.clone(), question).await? {
             Answered::Info(InfoReply::NotHeld { request }) => {
-                self.from_history(hub, target, request).await?;
+                self.get_from_history(hub, target, request).await?;
                 Err((
                     Code::FailedPrecondition,
                     "the task has ended or is being stopped".to_owned(),
@@ -486,7 +486,7 @@ impl Session {
         match self.question(hub, target.clone(), question).await? {
             Answered::Info(InfoReply::Task(task)) => Ok(task),
             Answered::Info(InfoReply::NotHeld { request }) => {
-                self.from_history(hub, target, request).await
+                self.get_from_history(hub, target, request).await
             }
             Answered::Reply(Reply::Refused { code, what }) => Err((code, what.to_owned())),
             Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => Err((
@@ -497,7 +497,7 @@ impl Session {
     }
 
     /// A task that its shard does not hold any more. `request` is its identity, as far as the shard knows that.
-    async fn from_history(
+    async fn get_from_history(
         &self,
         hub: &Hub,
         target: Target,
