@@ -1240,6 +1240,7 @@ mod tests {
             },
         );
         let shared = Arc::new(Shared {
+            history: None,
             inboxes: vec![ShardInbox::new().unwrap()],
             edges: vec![OnceLock::new()],
             routes: RoutePointer::new(Routes::new(1, directory)),
