@@ -155,7 +155,6 @@ impl<'a> Row<'a> {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
     use super::*;
     use pelton_core::id::{CellId, SlotIndex};
