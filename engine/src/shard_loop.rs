@@ -71,8 +71,8 @@ struct Lookup {
     connection: ConnectionId,
     ticket: u64,
     tasks: Vec<TaskInfo>,
-    /// `Some` for a page.
-    cursor: Option<u32>,
+    /// `Some` for a page: the pages of the table that were not looked at.
+    pages: Option<u32>,
     /// Reads that have not come back.
     reads: usize,
 }
@@ -242,6 +242,9 @@ impl ShardLoop {
         self.shard
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
         self.stats.record_way(self.shard.times());
+        if let Some(history) = &self.shared.history {
+            history.note(self.me, self.shard.history_lag_bytes(), now.logged_ms);
+        }
         let (len, records) = (space.len, space.records);
         self.log.filled(len, records);
         // What is due leaves first: sealing may take until the batch is durable.
@@ -358,6 +361,11 @@ impl ShardLoop {
         if let Some(from) = effects.scan.take() {
             self.log.scan(from);
         }
+        if let Some(batch) = effects.history.take()
+            && let Some(history) = &self.shared.history
+        {
+            history.take(self.me, batch);
+        }
         if !effects.published.is_empty() {
             self.shared.routes.publish(&effects.published);
             effects.published.clear();
@@ -390,8 +398,12 @@ impl ShardLoop {
             for (connection, ticket, reply) in replies {
                 match reply {
                     Reply::Task { view } => self.look_up(connection, ticket, vec![view], None),
-                    Reply::Page { views, cursor } => {
-                        self.look_up(connection, ticket, views, Some(cursor));
+                    Reply::Page { views, pages } => {
+                        self.look_up(connection, ticket, views, Some(pages));
+                    }
+                    Reply::NotHeld { request } => {
+                        self.outgoing
+                            .inform(connection, ticket, InfoReply::NotHeld { request });
                     }
                     Reply::Stats { counters } => {
                         self.stats.counters = *counters;
@@ -419,7 +431,7 @@ impl ShardLoop {
         connection: ConnectionId,
         ticket: u64,
         views: Vec<TaskView>,
-        cursor: Option<u32>,
+        pages: Option<u32>,
     ) {
         let lookup = self.next_lookup;
         self.next_lookup += 1;
@@ -437,7 +449,7 @@ impl ShardLoop {
             connection,
             ticket,
             tasks: views.into_iter().map(TaskInfo::new).collect(),
-            cursor,
+            pages,
             reads,
         };
         if reads == 0 {
@@ -465,7 +477,7 @@ impl ShardLoop {
         let task = &mut entry.tasks[read.task];
         let understood = record.as_ref().is_some_and(|record| task.read(record));
         task.damaged |= !understood;
-        if entry.cursor.is_some() {
+        if entry.pages.is_some() {
             task.payload = Vec::new();
             task.result = Vec::new();
             task.output = Vec::new();
@@ -479,12 +491,12 @@ impl ShardLoop {
     }
 
     fn finish_lookup(&mut self, mut entry: Lookup) {
-        let reply = match (entry.cursor, entry.tasks.pop()) {
-            (Some(cursor), last) => {
+        let reply = match (entry.pages, entry.tasks.pop()) {
+            (Some(pages), last) => {
                 entry.tasks.extend(last);
                 InfoReply::Page {
                     tasks: entry.tasks,
-                    cursor,
+                    pages,
                 }
             }
             (None, Some(task)) => InfoReply::Task(Box::new(task)),

@@ -3,7 +3,7 @@
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
 //! log; `snapshot` what spares a start most of it; `recover` how it is found again; `memory` a disk for tests; `file` one that is
-//! only read; `manifest` what a data directory is.
+//! only read; `manifest` what a data directory is; `reader` reads records from another thread.
 
 pub mod format;
 
@@ -22,6 +22,9 @@ pub mod memory;
 pub mod file;
 
 pub mod manifest;
+
+#[cfg(feature = "device")]
+pub mod reader;
 
 #[cfg(feature = "device")]
 pub mod ring;

@@ -31,6 +31,7 @@ impl Shard {
         self.put_in_place(&unfinished);
         self.drop_empty_keys();
         self.count_names();
+        self.start_history(self.replayed.behind);
         self.replaying = false;
         self.tasks.rebuild_free();
         self.counters = Counters {
@@ -53,9 +54,12 @@ impl Shard {
         slots.partition(|&slot| !self.tasks[slot].state().terminal())
     }
 
-    /// Keeps the tasks that ended last; those whose records are gone from the log were forgotten before the restart.
+    /// Keeps the tasks that ended last, in front those that history has; those whose records are gone from the log were forgotten before the restart.
     fn keep_newest(&mut self, mut finished: Vec<u32>) {
-        finished.sort_unstable_by_key(|&slot| self.tasks[slot].holder);
+        finished.sort_unstable_by_key(|&slot| {
+            let task = &self.tasks[slot];
+            (task.has(FLAG_UNSAVED), task.holder)
+        });
         for slot in finished {
             let task = &mut self.tasks[slot];
             task.holder = NIL;

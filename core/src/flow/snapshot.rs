@@ -109,11 +109,14 @@ const SHOWN_MEMORY: u8 = 2;
 const SHOWN_DELAYED: u8 = 4;
 /// `FLAG_OVERDUE`.
 const SHOWN_OVERDUE: u8 = 8;
-const SHOWN: [(u8, u16); 4] = [
+/// `FLAG_UNSAVED`.
+const SHOWN_UNSAVED: u8 = 16;
+const SHOWN: [(u8, u16); 5] = [
     (SHOWN_META, FLAG_META),
     (SHOWN_MEMORY, FLAG_MEMORY),
     (SHOWN_DELAYED, FLAG_DELAYED),
     (SHOWN_OVERDUE, FLAG_OVERDUE),
+    (SHOWN_UNSAVED, FLAG_UNSAVED),
 ];
 
 impl Shard {
@@ -219,6 +222,8 @@ impl Shard {
             _ => 0,
         };
         let key = match task.key {
+            // Such a task has no key any more.
+            NIL if state.terminal() => u128::from(task.ended_ms()),
             NIL => 0,
             key => self.keys[key].hash,
         };
@@ -406,7 +411,13 @@ impl Shard {
             for (_, flag) in SHOWN.iter().filter(|(bit, _)| shown & bit != 0) {
                 task.set(*flag);
             }
-            if key != 0 && !state.terminal() {
+            if state.terminal() {
+                task.set_ended_ms(key as u64);
+                let saved = at != 0 && Lsn(at) < self.options.history_saved;
+                if saved || !self.has_history() {
+                    task.clear(FLAG_UNSAVED);
+                }
+            } else if key != 0 {
                 task.key = self.key_entry(function, key);
             }
             let overdue = task.has(FLAG_OVERDUE);
@@ -419,6 +430,7 @@ impl Shard {
             self.tasks.insert(slot, task);
         }
         self.replayed.captured.push(position);
+        self.replayed.behind = self.replayed.behind.max(position);
         Ok(())
     }
 

@@ -39,6 +39,8 @@ pub struct Rig {
     pub times: Vec<(Part, u64)>,
     /// What executors say of how long attempts ran.
     pub run_us: u32,
+    /// What history was handed last.
+    pub ended: Option<EndedBatch>,
     /// What other shards are to be told.
     pub sent: Vec<(ShardId, Control)>,
     ticket: u64,
@@ -69,6 +71,7 @@ impl Rig {
             out: EdgeBatch::default(),
             times: Vec::new(),
             run_us: 0,
+            ended: None,
             sent: Vec::new(),
             ticket: 0,
         }
@@ -121,6 +124,9 @@ impl Rig {
             self.out.absorb(edge);
         }
         self.sent.append(&mut effects.shards);
+        if let Some(batch) = effects.history.take() {
+            self.ended = Some(batch);
+        }
         if effects.urgency != Urgency::Nothing && self.in_flight.is_none() {
             let bytes = self.open[..self.len].to_vec();
             self.in_flight = Some((self.base, bytes));
