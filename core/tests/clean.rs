@@ -5,6 +5,7 @@
 #[expect(dead_code, reason = "`core/tests/shard.rs` uses the rest of it")]
 mod rig;
 
+use pelton_core::limits::CLEAN_BYTES_STEP;
 use pelton_core::{
     config::{FunctionConfig, OnFailure},
     error::Code,
@@ -191,6 +192,62 @@ fn a_finished_task_keeps_its_result_when_its_records_are_moved() {
     }
     rig.lend(held, 1);
     assert!(rig.executes().is_empty(), "the failure still holds the key");
+}
+
+#[test]
+fn a_task_and_its_outcome_are_moved_together_and_found_again() {
+    let together = (0..10).map(ends_in_front_of_its_record).max();
+    assert!(
+        together.is_some_and(|bytes| bytes > 0),
+        "both stood in what one step of cleaning looks at"
+    );
+}
+
+/// A task ends so many turns after a segment has begun to which cleaning moves its record some turns later. Both are moved
+/// on from there, the outcome first. How close to each other they were is told, 0 for not close.
+fn ends_in_front_of_its_record(turns: u32) -> u64 {
+    let mut rig = rig(64);
+    let busy = rig.function("noisy", "busy", FunctionConfig::default());
+    rig.lend(busy, 2);
+    let restless = rig.accept(busy, b"restless");
+    let (mut kept, mut turns_left, mut together) = (None, turns, 0);
+    while rig.log.last().unwrap().0 < 10 * SEGMENT_BYTES {
+        // Leases that are given back fill the log with what is dead at once.
+        for (request, token, _) in rig.executes() {
+            if request == restless {
+                rig.outcome(request, token, Verdict::Rejected, "").unwrap();
+            } else {
+                kept = Some((request, token));
+            }
+        }
+        rig.advance(10);
+        let head = rig.log.last().unwrap().0;
+        let Some((request, token)) = kept else {
+            // Its record is among the last of the first segment: cleaning takes some turns to come to it.
+            if head > SEGMENT_BYTES * 2 / 5 && rig.shard.counters().accepted == 1 {
+                rig.accept(busy, b"kept");
+            }
+            continue;
+        };
+        if head < 4 * SEGMENT_BYTES {
+            continue;
+        }
+        if turns_left > 0 {
+            turns_left -= 1;
+            continue;
+        }
+        let ended = rig.shard.counters().succeeded > 0;
+        if !ended {
+            rig.outcome(request, token, Verdict::Succeeded, "the result")
+                .unwrap();
+        }
+        let now = view(&mut rig, request);
+        if now.outcome < now.record.0 && now.record.0.0 - now.outcome.0 < CLEAN_BYTES_STEP as u64 {
+            together = now.record.0.0 - now.outcome.0;
+        }
+        assert!(rig.replayed().holds(request), "{turns}: {now:?}");
+    }
+    together
 }
 
 #[test]

@@ -261,13 +261,13 @@ impl Shard {
         space: &mut BatchSpace<'_>,
     ) -> Looked {
         let request = RequestId(record.request.to_native());
-        let lives = self.tasks.find(request).is_some_and(|slot| {
+        let lives = self.tasks.find(request).filter(|&slot| {
             let task = &self.tasks[slot];
             task.state().terminal() && task.at == position.0
         });
-        if !lives {
+        let Some(slot) = lives else {
             return Looked::Done;
-        }
+        };
         let variable = record.error.len() + record.output.len() + record.result.len();
         let relocated = RelocatedOutcomeRecordV1 {
             outcome: record.to_record(),
@@ -278,6 +278,8 @@ impl Shard {
         let Some(placed) = self.append_moved(variable, space, append) else {
             return Looked::Full;
         };
+        // Its task's record, if that is moved too, says where the outcome is: not before that is known.
+        self.tasks[slot].set(FLAG_BUSY);
         self.open.facts.push(Fact::OutcomeRelocated {
             request,
             from: position,
@@ -410,6 +412,7 @@ impl Shard {
         {
             let before = u64::from(self.tasks[slot].outcome_bytes());
             let task = &mut self.tasks[slot];
+            task.clear(FLAG_BUSY);
             task.at = to.0;
             task.set_outcome_bytes(record_bytes);
             self.recount_bytes(slot, before, u64::from(self.tasks[slot].outcome_bytes()));

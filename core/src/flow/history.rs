@@ -34,7 +34,7 @@ pub(crate) struct Unsaved {
     saved: u64,
     /// The last end's position.
     last_end: Lsn,
-    /// Every so many ends: their number, and the position behind the last of them.
+    /// Every so many ends, and where all were handed out: their number, and the position behind the last of them.
     marks: VecDeque<(u64, Lsn)>,
     /// All ends before this position are safe.
     through: Lsn,
@@ -145,13 +145,18 @@ impl Shard {
             self.unsaved.next = task.next;
             self.unsaved.handed += 1;
         }
-        let unsaved = &self.unsaved;
+        let unsaved = &mut self.unsaved;
+        if unsaved.next == NIL
+            && unsaved.marks.back().map_or(unsaved.saved, |mark| mark.0) < unsaved.ends
+        {
+            let behind = Lsn(unsaved.last_end.0 + 1);
+            unsaved.marks.push_back((unsaved.ends, behind));
+        }
         let number = unsaved.saved + u64::from(unsaved.handed);
         let before = number - batch.rows.len() as u64;
         batch.may_be_saved = before < unsaved.replayed;
         let marks = unsaved.marks.partition_point(|mark| mark.0 <= number);
         batch.through = match marks.checked_sub(1) {
-            _ if unsaved.next == NIL && unsaved.ends > 0 => Lsn(unsaved.last_end.0 + 1),
             Some(last) => unsaved.marks[last].1,
             None => unsaved.through,
         };

@@ -171,7 +171,9 @@ impl Shard {
                 what: STOP_GRACE,
             },
             Query::Stop { target, grace_ms } => match self.locate(tenant, &target) {
-                Some(slot) if self.tasks[slot].has(FLAG_BUSY) => {
+                Some(slot)
+                    if self.tasks[slot].has(FLAG_BUSY) && !self.tasks[slot].state().terminal() =>
+                {
                     // What is on its way to the disk decides; asked again when it is there.
                     self.deferred.push_back(Control::Query {
                         connection,

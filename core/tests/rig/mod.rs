@@ -196,7 +196,8 @@ impl Rig {
     }
 
     /// Power off and on again: what was not durable is gone.
-    pub fn restart(&mut self) {
+    /// What a start would find now.
+    pub fn replayed(&self) -> Shard {
         let mut shard = Shard::new(self.options);
         for (base, batch) in &self.log {
             let mut at = HEADER;
@@ -210,7 +211,11 @@ impl Rig {
         }
         shard.start(self.now);
         shard.audit();
-        self.shard = shard;
+        shard
+    }
+
+    pub fn restart(&mut self) {
+        self.shard = self.replayed();
         self.in_flight = None;
         self.base = self.log.last().map_or(4096, |(base, batch)| {
             base + batch.len().next_multiple_of(4096) as u64
