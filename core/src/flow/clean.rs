@@ -110,6 +110,10 @@ impl Shard {
                 }
                 looked @ (Looked::Wait | Looked::Full) => {
                     effects.full |= matches!(looked, Looked::Full);
+                    if !self.open.facts.is_empty() {
+                        // What it waits for may be among them, and nobody else in a hurry.
+                        self.note(Urgency::Soon);
+                    }
                     self.cleaning.waits = true;
                     self.cleaning.held = Some(held);
                     return;
