@@ -60,8 +60,6 @@ pub struct Options {
     /// Bytes of the records of ended tasks that history may lack before submits are refused; 0 where there is no
     /// history, and the oldest finished tasks are forgotten for good.
     pub history_lag_max: u64,
-    /// Everything that ended before this position is in history.
-    pub history_saved: Lsn,
     /// Time for which a lease outlives its executor's connection.
     pub lease_ms: u64,
     /// Time for which a `task_id` names one task.
@@ -80,7 +78,6 @@ impl Default for Options {
             finished_max: FINISHED_MAX_DEFAULT,
             finished_bytes_max: FINISHED_BYTES_MAX_DEFAULT,
             history_lag_max: 0,
-            history_saved: Lsn(0),
             lease_ms: 15_000,
             dedup_window_ms: DEDUP_WINDOW_MS,
         }

@@ -133,7 +133,7 @@ fn a_start_hands_out_what_history_does_not_have_and_nothing_else() {
     assert_eq!(again.rows[6].view.ended_ms, batch.rows[6].view.ended_ms);
     assert!(again.may_be_saved);
     // Somebody has.
-    rig.options.history_saved = again.through;
+    rig.history_saved = again.through;
     rig.lend(function, 64);
     let more = ended(&mut rig, function, 2);
     rig.restart();

@@ -1256,7 +1256,7 @@ mod tests {
             },
         );
         let shared = Arc::new(Shared {
-            history: None,
+            history: OnceLock::new(),
             inboxes: vec![ShardInbox::new().unwrap()],
             edges: vec![OnceLock::new()],
             routes: RoutePointer::new(Routes::new(1, directory)),

@@ -39,7 +39,7 @@ use crate::{
     inbox::{Outbox, ShardInbox},
     quarantine::{Quarantine, stand_in},
     routes::{RoutePointer, Routes},
-    shard_loop::{Gone, Setup, ShardLoop},
+    shard_loop::{Begin, Gone, Setup, ShardLoop},
 };
 
 /// Memory that glommio registers with the kernel for direct I/O of its own, per shard: the log has its own.
@@ -147,7 +147,8 @@ pub(crate) struct Shared {
     pub(crate) routes: RoutePointer,
     /// By shard: why it is not served. Set before anybody is.
     pub(crate) quarantined: Vec<OnceLock<Quarantine>>,
-    pub(crate) history: Option<Arc<History>>,
+    /// Set when every log has been judged and before anybody is served, if there is to be a history.
+    pub(crate) history: OnceLock<Arc<History>>,
 }
 
 /// How an engine closed.
@@ -220,9 +221,8 @@ impl Engine {
             }
         };
         let inboxes: Result<Vec<_>, _> = (0..manifest.shards).map(|_| ShardInbox::new()).collect();
-        let history = open_history(&options, &manifest, &directory)?;
         let shared = Arc::new(Shared {
-            history,
+            history: OnceLock::new(),
             inboxes: inboxes.map_err(|error| OpenError::Thread(error.to_string()))?,
             edges: (0..EDGE_COUNT_MAX).map(|_| OnceLock::new()).collect(),
             routes: RoutePointer::new(Routes::new(manifest.shards, Directory::default())),
@@ -234,7 +234,7 @@ impl Engine {
         let mut threads = Vec::new();
         let mut starts = Vec::new();
         for shard in 0..manifest.shards {
-            let setup = setup(&options, &manifest, shard, &directory, &shared)?;
+            let setup = setup(&options, &manifest, shard, &directory, &shared);
             let (start, begin) = channel();
             starts.push(start);
             let said = Said {
@@ -304,12 +304,23 @@ impl Engine {
         };
         let truth = found[most].2.clone();
         let unserved: Vec<ShardId> = quarantined.iter().map(|q| q.shard).collect();
-        for &ShardId(shard) in &unserved {
-            let _ = starts[usize::from(shard)].send(Vec::new());
+        engine.open_history(&manifest)?;
+        let mut begins = Vec::with_capacity(starts.len());
+        for &shard in &unserved {
+            let (missing, saved) = (Vec::new(), Lsn(0));
+            begins.push((shard, Begin { missing, saved }));
         }
         for (shard, report, directory) in found {
             engine.reports.push(report);
-            let _ = starts[usize::from(shard.0)].send(missing(&truth, &directory));
+            let missing = missing(&truth, &directory);
+            let saved = match engine.history() {
+                Some(history) => history.saved(shard.0).map_err(OpenError::History)?,
+                None => Lsn(0),
+            };
+            begins.push((shard, Begin { missing, saved }));
+        }
+        for (shard, begin) in begins {
+            let _ = starts[usize::from(shard.0)].send(begin);
         }
         engine.shared.routes.adopt(truth, unserved);
         if ready.iter().take(starts.len()).count() != starts.len() {
@@ -319,9 +330,26 @@ impl Engine {
         Ok(engine)
     }
 
+    /// Opens or makes the history, if there is to be one.
+    fn open_history(&self, manifest: &Manifest) -> Result<(), OpenError> {
+        let options = HistoryOptions {
+            retention: self.options.history_retention,
+            bytes_max: self.options.history_bytes_max,
+            lag_max: self.options.history_lag_max,
+            defer_max: self.options.history_defer_max,
+        };
+        if !options.retention.is_zero() {
+            let folder = self.directory.path().join("history");
+            let history = History::open(&folder, manifest.log_id, manifest.shards, options)
+                .map_err(OpenError::History)?;
+            self.shared.history.get_or_init(|| Arc::new(history));
+        }
+        Ok(())
+    }
+
     /// Starts the thread that writes the history, if there is one.
     fn write_history(&self, manifest: &Manifest) -> Result<(), OpenError> {
-        let Some(history) = &self.shared.history else {
+        let Some(history) = self.shared.history.get() else {
             return Ok(());
         };
         let logs: Vec<_> = (0..manifest.shards)
@@ -372,7 +400,7 @@ impl Engine {
 
     /// The history, if there is one.
     pub fn history(&self) -> Option<&History> {
-        self.shared.history.as_deref()
+        self.shared.history.get().map(Arc::as_ref)
     }
 
     pub(crate) fn with_routes<R>(&self, read: impl FnOnce(&Routes) -> R) -> R {
@@ -413,7 +441,7 @@ impl Engine {
         if let Some(embedded) = self.embedded.get() {
             embedded.close();
         }
-        if let Some(history) = &self.shared.history {
+        if let Some(history) = self.shared.history.get() {
             history.stop();
         }
         for inbox in &self.shared.inboxes {
@@ -477,7 +505,7 @@ type Opened = Result<(ShardId, Report, Directory), OpenError>;
 /// configuration that it lacks; they are on disk.
 struct Said {
     opened: Sender<Opened>,
-    begin: Receiver<Vec<Control>>,
+    begin: Receiver<Begin>,
     ready: Sender<()>,
 }
 
@@ -509,7 +537,7 @@ fn run_shard(setup: Setup, placement: Placement, said: &Said) -> Ended {
             return Some(Ended::default());
         }
         Some(match said.begin.recv() {
-            Ok(missing) => shard.run(missing, &said.ready),
+            Ok(begin) => shard.run(begin, &said.ready),
             Err(_) => Ended::default(),
         })
     });
@@ -540,26 +568,6 @@ fn missing(truth: &Directory, behind: &Directory) -> Vec<Control> {
         .collect()
 }
 
-fn open_history(
-    options: &Options,
-    manifest: &Manifest,
-    directory: &DataDirectory,
-) -> Result<Option<Arc<History>>, OpenError> {
-    if options.history_retention.is_zero() {
-        return Ok(None);
-    }
-    let history = HistoryOptions {
-        retention: options.history_retention,
-        bytes_max: options.history_bytes_max,
-        lag_max: options.history_lag_max,
-        defer_max: options.history_defer_max,
-    };
-    let folder = directory.path().join("history");
-    History::open(&folder, manifest.log_id, manifest.shards, history)
-        .map(|history| Some(Arc::new(history)))
-        .map_err(OpenError::History)
-}
-
 fn log_options(manifest: &Manifest, shard: u16) -> LogOptions {
     LogOptions {
         shard,
@@ -574,15 +582,12 @@ fn setup(
     shard: u16,
     directory: &DataDirectory,
     shared: &Arc<Shared>,
-) -> Result<Setup, OpenError> {
-    let (history_lag_max, history_saved) = match &shared.history {
-        Some(history) => (
-            options.history_lag_max.max(1),
-            history.saved(shard).map_err(OpenError::History)?,
-        ),
-        None => (0, Lsn(0)),
+) -> Setup {
+    let history_lag_max = match options.history_retention.is_zero() {
+        true => 0,
+        false => options.history_lag_max.max(1),
     };
-    Ok(Setup {
+    Setup {
         core: CoreOptions {
             shard: ShardId(shard),
             shards: manifest.shards,
@@ -592,7 +597,6 @@ fn setup(
             finished_max: options.finished_max,
             finished_bytes_max: options.finished_bytes_max,
             history_lag_max,
-            history_saved,
             lease_ms: options.lease.as_millis() as u64,
             ..CoreOptions::default()
         },
@@ -603,7 +607,7 @@ fn setup(
         linger: options.linger,
         shares_core: options.pin.is_empty(),
         shared: Arc::clone(shared),
-    })
+    }
 }
 
 /// Makes an io_uring ring as a shard does, and drops it: an error says why no engine can run here.

@@ -247,7 +247,7 @@ impl History {
 impl Edge {
     /// The history, if there is one.
     pub fn history(&self) -> Option<&Arc<History>> {
-        self.shared.history.as_ref()
+        self.shared.history.get()
     }
 }
 
@@ -329,6 +329,8 @@ impl Writer {
                 }
             }
         }
+        // An edge may outlive the engine: the next one must be able to open it.
+        self.history.store.close();
     }
 
     /// One round: what there is to write is written, what is too old is dropped. True if there was something to write.

@@ -109,7 +109,7 @@ impl StandIn<'_> {
         }
         self.outgoing.flush();
         if let Some(batch) = effects.history.take()
-            && let Some(history) = &self.shared.history
+            && let Some(history) = self.shared.history.get()
         {
             history.take(me, batch);
         }

@@ -13,7 +13,7 @@ use std::{
 use pelton_core::{
     clock::{LoggedClock, Now},
     event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
-    id::{ConnectionId, EdgeId, RequestId, ShardId},
+    id::{ConnectionId, EdgeId, Lsn, RequestId, ShardId},
     shard::{Options as CoreOptions, Shard},
     snapshot::Cursor,
 };
@@ -64,6 +64,14 @@ pub(crate) struct Setup {
     /// The shard has no core of its own.
     pub(crate) shares_core: bool,
     pub(crate) shared: Arc<Shared>,
+}
+
+/// What a shard that is recovered hears before it serves.
+pub(crate) struct Begin {
+    /// The changes of configuration that its log lacks.
+    pub(crate) missing: Vec<Control>,
+    /// Everything of it that ended before this position is in the history.
+    pub(crate) saved: Lsn,
 }
 
 /// A page or a task whose records are being read.
@@ -173,8 +181,6 @@ impl ShardLoop {
             poisoned: false,
             stats,
         };
-        let now = this.now();
-        this.shard.start(now);
         this.stats.recovery = Recovery {
             batches: report.batches,
             records: report.records,
@@ -183,7 +189,6 @@ impl ShardLoop {
             snapshots_passed_over: report.snapshots_passed_over,
             took_us: begun.elapsed().as_micros() as u64,
         };
-        this.look_at_space(now.mono_ns);
         Ok((this, report))
     }
 
@@ -194,12 +199,17 @@ impl ShardLoop {
 
     /// Logs the configuration that it lacks and says that it is ready, then serves until the engine stops it, flushes
     /// and closes the log.
-    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) -> Ended {
+    pub(crate) fn run(mut self, begin: Begin, ready: &Sender<()>) -> Ended {
+        let now = self.now();
+        let starts = Instant::now();
+        self.shard.start(now, begin.saved);
+        self.stats.recovery.took_us += starts.elapsed().as_micros() as u64;
+        self.look_at_space(now.mono_ns);
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
         let mut told = false;
-        self.inbox.control.extend(missing);
+        self.inbox.control.extend(begin.missing);
         loop {
             if !told && self.is_drained() {
                 // Whoever opens the engine may have given up.
@@ -242,7 +252,7 @@ impl ShardLoop {
         self.shard
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
         self.stats.record_way(self.shard.times());
-        if let Some(history) = &self.shared.history {
+        if let Some(history) = self.shared.history.get() {
             history.note(self.me, self.shard.history_lag_bytes(), now.logged_ms);
         }
         let (len, records) = (space.len, space.records);
@@ -362,7 +372,7 @@ impl ShardLoop {
             self.log.scan(from);
         }
         if let Some(batch) = effects.history.take()
-            && let Some(history) = &self.shared.history
+            && let Some(history) = self.shared.history.get()
         {
             history.take(self.me, batch);
         }
@@ -459,7 +469,7 @@ impl ShardLoop {
         }
     }
 
-    fn read_for(&mut self, lookup: u64, task: usize, position: pelton_core::id::Lsn, bytes: usize) {
+    fn read_for(&mut self, lookup: u64, task: usize, position: Lsn, bytes: usize) {
         let ticket = self.next_lookup;
         self.next_lookup += 1;
         self.lookup_reads

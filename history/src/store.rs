@@ -277,6 +277,14 @@ impl Store {
         Ok(())
     }
 
+    /// Closes it for good, whoever still holds it: what is asked of it from now on is an error.
+    pub fn close(&self) {
+        match self.database.write() {
+            Ok(mut database) => *database = None,
+            Err(poisoned) => *poisoned.into_inner() = None,
+        }
+    }
+
     /// Everything of a shard that ended before this position is in the store.
     pub fn saved(&self, shard: u16) -> Result<Lsn, StoreError> {
         self.look(|look| {

@@ -748,7 +748,6 @@ impl World {
                 } else {
                     0
                 },
-                history_saved: self.history.through(index),
                 lease_ms: self.plan.lease_ms,
                 dedup_window_ms: self.plan.dedup_window_ms,
             };
@@ -807,10 +806,11 @@ impl World {
         let (mono_ns, wall_ms) = (self.mono_base_ns + self.now_ns, self.wall_ms());
         self.clock = LoggedClock::start(mono_ns, wall_ms, last_ms);
         let now = self.now();
-        for (mut shard, mut whole, log) in found {
-            shard.start(now);
+        for (index, (mut shard, mut whole, log)) in found.into_iter().enumerate() {
+            let saved = self.history.through(index);
+            shard.start(now, saved);
             shard.audit();
-            whole.start(now);
+            whole.start(now, saved);
             shard.audit_against(&whole);
             self.hosts.push(Host::new(shard, log));
         }

@@ -71,9 +71,9 @@ impl Shard {
         self.unsaved.bytes
     }
 
-    /// A task has ended by the record at `end`, and history does not have it.
+    /// A task has ended by the record at `end`: history does not have it.
     pub(crate) fn note_end(&mut self, slot: u32, end: Lsn) {
-        if self.has_history() && end >= self.options.history_saved {
+        if self.has_history() {
             self.tasks[slot].set(FLAG_UNSAVED);
             self.unsaved.last_end = self.unsaved.last_end.max(end);
         }
@@ -99,11 +99,11 @@ impl Shard {
         }
     }
 
-    /// The finished tasks are in place. Of what was found no part is known to be safe before all of it is, which all
-    /// stands before `behind`.
-    pub(crate) fn start_history(&mut self, behind: Lsn) {
+    /// The finished tasks are in place. Everything that ended before `saved` is safe; of the rest no part is known to be
+    /// before all of it is, which all stands before `behind`.
+    pub(crate) fn start_history(&mut self, saved: Lsn, behind: Lsn) {
         let unsaved = &mut self.unsaved;
-        unsaved.through = self.options.history_saved;
+        unsaved.through = saved;
         unsaved.replayed = unsaved.ends;
         unsaved.last_end = unsaved.last_end.max(Lsn(behind.0.saturating_sub(1)));
         if unsaved.ends > 0 {

@@ -76,7 +76,7 @@ impl Shard {
                 {
                     if state.terminal() {
                         let ended_ms = moved.at_ms.to_native();
-                        self.found_end(slot, state, (Lsn(0), 0), position, ended_ms);
+                        self.found_end(slot, state, (position, 0), ended_ms);
                     } else {
                         self.tasks[slot].set_state(state);
                     }
@@ -257,7 +257,7 @@ impl Shard {
             self.tasks[slot].at = outcome.due_ms.to_native();
         } else {
             let key = self.tasks[slot].key;
-            self.found_end(slot, state, place, place.0, outcome.at_ms.to_native());
+            self.found_end(slot, state, place, outcome.at_ms.to_native());
             if key != NIL && outcome.holds_key == 1 {
                 let lane = &self.lanes[self.tasks[slot].function.0 as usize];
                 // A function whose record was moved forward is not known yet.
@@ -266,12 +266,12 @@ impl Shard {
         }
     }
 
+    /// A task has ended by the record at `position`, which is that of an outcome if that has a length.
     fn found_end(
         &mut self,
         slot: u32,
         state: State,
         (position, record_bytes): (Lsn, u32),
-        end: Lsn,
         ended_ms: u64,
     ) {
         let task = &mut self.tasks[slot];
@@ -283,7 +283,7 @@ impl Shard {
         task.holder = self.replayed.ended;
         task.key = NIL;
         task.set_ended_ms(ended_ms);
-        self.note_end(slot, end);
+        task.set(FLAG_UNSAVED);
     }
 
     /// A moved record. Where the task's earlier records are in the log too, only its place is new; where they are gone,
@@ -326,14 +326,21 @@ impl Shard {
             let task = &mut self.tasks[slot];
             task.attempt = attempt;
             let key = task.key;
-            let outcome = Lsn(record.outcome.to_native());
             // One that was moved by a version that did not say has ended by then.
             let ended_ms = match record.due_ms.to_native() {
                 0 => record.at_ms.to_native(),
                 ended_ms => ended_ms,
             };
-            let outcome = (outcome, record.outcome_bytes.to_native());
-            self.found_end(slot, state, outcome, accepted.position, ended_ms);
+            let end = match Lsn(record.outcome.to_native()) {
+                Lsn(0) => accepted.position,
+                outcome => outcome,
+            };
+            self.found_end(
+                slot,
+                state,
+                (end, record.outcome_bytes.to_native()),
+                ended_ms,
+            );
             if record.holds_key == 1 && key != NIL {
                 self.keys[key].held = true;
             }

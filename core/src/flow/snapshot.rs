@@ -109,14 +109,13 @@ const SHOWN_MEMORY: u8 = 2;
 const SHOWN_DELAYED: u8 = 4;
 /// `FLAG_OVERDUE`.
 const SHOWN_OVERDUE: u8 = 8;
-/// `FLAG_UNSAVED`.
-const SHOWN_UNSAVED: u8 = 16;
-const SHOWN: [(u8, u16); 5] = [
+/// Not `FLAG_UNSAVED`: it has ended, and history has it.
+const SHOWN_SAVED: u8 = 16;
+const SHOWN: [(u8, u16); 4] = [
     (SHOWN_META, FLAG_META),
     (SHOWN_MEMORY, FLAG_MEMORY),
     (SHOWN_DELAYED, FLAG_DELAYED),
     (SHOWN_OVERDUE, FLAG_OVERDUE),
-    (SHOWN_UNSAVED, FLAG_UNSAVED),
 ];
 
 impl Shard {
@@ -229,7 +228,10 @@ impl Shard {
         };
         let request = task.request(slot);
         let shown = SHOWN.iter().filter(|(_, flag)| task.has(*flag));
-        let shown = shown.fold(0, |all, (bit, _)| all | bit);
+        let mut shown = shown.fold(0, |all, (bit, _)| all | bit);
+        if state.terminal() && self.has_history() && !task.has(FLAG_UNSAVED) {
+            shown |= SHOWN_SAVED;
+        }
         bytes.extend(slot.to_le_bytes());
         bytes.extend(task.function.0.to_le_bytes());
         bytes.extend(request.seq().to_le_bytes());
@@ -413,9 +415,8 @@ impl Shard {
             }
             if state.terminal() {
                 task.set_ended_ms(key as u64);
-                let saved = at != 0 && Lsn(at) < self.options.history_saved;
-                if saved || !self.has_history() {
-                    task.clear(FLAG_UNSAVED);
+                if shown & SHOWN_SAVED == 0 {
+                    task.set(FLAG_UNSAVED);
                 }
             } else if key != 0 {
                 task.key = self.key_entry(function, key);

@@ -39,6 +39,8 @@ pub struct Rig {
     pub times: Vec<(Part, u64)>,
     /// What executors say of how long attempts ran.
     pub run_us: u32,
+    /// Everything that ended before this position is in history.
+    pub history_saved: Lsn,
     /// What history was handed last.
     pub ended: Option<EndedBatch>,
     /// What other shards are to be told.
@@ -53,7 +55,7 @@ impl Rig {
             mono_ns: 1,
             logged_ms: 1_000_000,
         };
-        shard.start(now);
+        shard.start(now, Lsn(0));
         Rig {
             shard,
             options,
@@ -71,6 +73,7 @@ impl Rig {
             out: EdgeBatch::default(),
             times: Vec::new(),
             run_us: 0,
+            history_saved: Lsn(0),
             ended: None,
             sent: Vec::new(),
             ticket: 0,
@@ -209,7 +212,7 @@ impl Rig {
                 at = (at + RECORD_HEADER_BYTES + bytes).next_multiple_of(RECORD_ALIGN);
             }
         }
-        shard.start(self.now);
+        shard.start(self.now, self.history_saved);
         shard.audit();
         shard
     }
