@@ -321,16 +321,31 @@ impl Writer {
                     self.rest(wrote);
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the history cannot be written");
-                    stats.failed = Some(error.to_string());
+                    let why = Some(error.to_string());
+                    if stats.failed != why {
+                        tracing::error!(%error, "the history cannot be written");
+                        stats.failed = why;
+                    }
                     drop(stats);
-                    thread::park_timeout(AGAIN_AFTER);
+                    self.pause();
                     self.start_again();
                 }
             }
         }
         // An edge may outlive the engine: the next one must be able to open it.
         self.history.store.close();
+    }
+
+    /// Waits before the next try, whoever wakes it.
+    fn pause(&self) {
+        let until = Instant::now() + AGAIN_AFTER;
+        while !self.history.stop.load(SeqCst) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            thread::park_timeout(left);
+        }
     }
 
     /// One round: what there is to write is written, what is too old is dropped. True if there was something to write.
