@@ -26,6 +26,8 @@ pub enum Scenario {
     Backlog(Flags),
     /// How fast a log is read and replayed after the server was killed.
     Recovery(Flags),
+    /// How fast ended tasks go into the history while tasks run, how far it falls behind, and how fast it catches up.
+    History(Flags),
     /// Processor time of a server that has nothing to do.
     Idle(Flags),
 }
@@ -40,6 +42,7 @@ impl Scenario {
             Scenario::Limits(_) => "limits",
             Scenario::Backlog(_) => "backlog",
             Scenario::Recovery(_) => "recovery",
+            Scenario::History(_) => "history",
             Scenario::Idle(_) => "idle",
         }
     }
@@ -53,6 +56,7 @@ impl Scenario {
             | Scenario::Limits(flags)
             | Scenario::Backlog(flags)
             | Scenario::Recovery(flags)
+            | Scenario::History(flags)
             | Scenario::Idle(flags) => flags,
         }
     }
@@ -106,7 +110,7 @@ pub struct Flags {
     /// Tasks per second, for latency
     #[arg(long, default_value_t = 5_000)]
     pub rate: u64,
-    /// Tasks that wait, for backlog and recovery
+    /// Tasks in all, for backlog, recovery and history
     #[arg(long, default_value_t = 1_000_000)]
     pub tasks: u64,
     /// A running server instead of one of its own; counts are not compared with it

@@ -34,6 +34,7 @@ pub async fn run(args: BenchArgs) -> Result<bool, String> {
         Scenario::Limits(_) => machine(&flags, &folder).await?,
         Scenario::Backlog(_) => backlog(&flags, &folder).await?,
         Scenario::Recovery(_) => recovery(&flags, &folder).await?,
+        Scenario::History(_) => history(&flags, &folder).await?,
         Scenario::Idle(_) => idle(&flags, &folder).await?,
     };
     print(&report, flags.json);
@@ -524,6 +525,93 @@ fn remove_snapshots(data: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// How often the history is looked at while tasks run.
+const HISTORY_LOOK: Duration = Duration::from_millis(100);
+/// How long it may take to catch up.
+const HISTORY_WAIT: Duration = Duration::from_secs(300);
+
+/// Tasks are executed while the history takes what has ended, or waits until there is enough; then it catches up. How much
+/// may come together is the server's setting: `PELTON_HISTORY__DEFER_MAX=0` for none.
+async fn history(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
+    let data = folder.path().join("data");
+    let target = Target::start(flags, &data)?;
+    make_functions(&target.options, flags).await?;
+    let server = target.server.ok_or("history needs a server of its own")?;
+    let load = Load {
+        tasks_max: Some(flags.tasks),
+        ..shape(flags, &server.options, true)
+    };
+    let slots = flags.slots.unwrap_or(16_384);
+    let worker = Worker::start(&worker_arguments(&server.options, flags, slots))?;
+    let over = Cell::new(false);
+    let watch = async {
+        let client = connect(&server.options.clone().tenant(tenant_name(0))).await?;
+        let mut lag_bytes_max = 0;
+        while !over.get() {
+            let figures = client.query(Operation::Stats, "{}").await;
+            let figures = figures.map_err(|error| format!("the server's figures: {error}"))?;
+            let figures: Value =
+                serde_json::from_str(&figures).map_err(|error| error.to_string())?;
+            lag_bytes_max = lag_bytes_max.max(history_figure(&figures, "lag_bytes"));
+            tokio::time::sleep(HISTORY_LOOK).await;
+        }
+        client.close().await;
+        Ok::<u64, String>(lag_bytes_max)
+    };
+    let run = async {
+        let counted = closed(load, || {}, || {}).await;
+        over.set(true);
+        counted.map_err(|error| format!("a client failed: {error}"))
+    };
+    let (lag_bytes_max, counted) = tokio::join!(watch, run);
+    let (lag_bytes_max, counted) = (lag_bytes_max?, counted?);
+    drop(worker);
+    let at_end = stats(&server.options).await?;
+    let begun = Instant::now();
+    let caught_up = loop {
+        let figures = stats(&server.options).await?;
+        if total(&figures, "unsaved") == 0 {
+            break figures;
+        }
+        if begun.elapsed() > HISTORY_WAIT {
+            return Err("the history does not catch up".to_owned());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let took = begun.elapsed().as_secs_f64();
+    let written = |figures: &Value| history_figure(figures, "written");
+    let left = written(&caught_up).saturating_sub(written(&at_end));
+    let busy_s = (history_figure(&caught_up, "read_us") + history_figure(&caught_up, "write_us"))
+        as f64
+        / 1e6;
+    let rows = history_figure(&caught_up, "rows");
+    let report = json!({
+        "bench": "history",
+        "schema": 1,
+        "completed": counted.completed,
+        "tasks_per_s": round(counted.completed as f64 / counted.seconds),
+        "rows_per_s_under_load": round(written(&at_end) as f64 / counted.seconds),
+        "lag_bytes_max": lag_bytes_max,
+        "lag_rows_at_end": total(&at_end, "unsaved"),
+        "caught_up_rows": left,
+        "caught_up_s": round(took),
+        "caught_up_rows_per_s": round(left as f64 / took.max(1e-9)),
+        "rows_per_s_of_writing": round(written(&caught_up) as f64 / busy_s.max(1e-9)),
+        "rows": rows,
+        "bytes_per_row": round(
+            history_figure(&caught_up, "bytes") as f64 / rows.max(1) as f64
+        ),
+        "rss_bytes": rss_bytes(server.pid()),
+        "check": { "completed_client": counted.completed, "rows": rows },
+        "env": environment(folder.path(), 0.0, placement(flags)),
+    });
+    Ok((report, rows == counted.completed))
+}
+
+fn history_figure(figures: &Value, name: &str) -> u64 {
+    figures["history"][name].as_u64().unwrap_or(0)
 }
 
 async fn idle(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {

@@ -197,16 +197,33 @@ pub enum Target {
 }
 
 /// What a list asks for.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Filter {
     /// Only this state.
     pub state: Option<State>,
     /// Only this function.
     pub function: Option<FunctionId>,
-    /// The slot to go on from; 0 for the start.
-    pub cursor: u32,
-    /// Rows at most.
+    /// Only tasks whose [`RequestId::order`] lies between these two, which are no part of it.
+    pub before: u128,
+    /// See `before`.
+    pub after: u128,
+    /// Pages of the shard's table to be looked at: all below this one.
+    pub pages: u32,
+    /// Rows at most: the last ones in order.
     pub limit: u32,
+}
+
+impl Default for Filter {
+    fn default() -> Filter {
+        Filter {
+            state: None,
+            function: None,
+            before: u128::MAX,
+            after: 0,
+            pages: u32::MAX,
+            limit: 0,
+        }
+    }
 }
 
 /// What a caller asks about tasks.
@@ -282,6 +299,14 @@ pub enum Control {
     Apply { version: u64, change: Change },
     /// A shard has logged a change; only shard 0 gets this.
     Applied { shard: ShardId, version: u64 },
+    /// Whoever keeps ended tasks has `saved` of those that it was given on its disk and wants more: so many, and so many
+    /// bytes of their records. `again`: with those that it was given and has not saved.
+    History {
+        saved: u32,
+        again: bool,
+        rows_max: u32,
+        bytes_max: u64,
+    },
     /// Shards share the concurrency limits of functions: what one has to say to another in one turn.
     Credits {
         from: ShardId,
@@ -462,12 +487,38 @@ pub struct TaskView {
     pub retries: u8,
     /// When it is due, for `Scheduled` and `Retrying`; logged ms.
     pub due_ms: u64,
+    /// Logged time of its end; 0 while it has none.
+    pub ended_ms: u64,
     /// The executor that runs it.
     pub executor: u64,
     /// Where its record stands, and how long it is at most.
     pub record: (Lsn, u32),
     /// Where its outcome stands; 0 where it has none.
     pub outcome: Lsn,
+}
+
+/// A task that has ended, for history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ended {
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// What the shard knows of it.
+    pub view: TaskView,
+    /// Bytes of its outcome's record at most; 0 where there is none.
+    pub outcome_bytes: u32,
+}
+
+/// Ended tasks in the order of their ends, as history asked for them.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct EndedBatch {
+    /// The tasks.
+    pub rows: Vec<Ended>,
+    /// Once these and all that were handed out before are safe, every task that ended before this position is.
+    pub through: Lsn,
+    /// Some of them may be in history already: a start has found them in the log.
+    pub may_be_saved: bool,
+    /// Bytes of the records of all tasks that history lacks, these included.
+    pub lag_bytes: u64,
 }
 
 /// The counters of a shard since its start, and its gauges.
@@ -509,6 +560,10 @@ pub struct Counters {
     pub running: u64,
     /// Finished tasks kept for queries.
     pub finished: u64,
+    /// Of these, those that history does not have yet, and bytes of their records.
+    pub unsaved: u64,
+    /// See `unsaved`.
+    pub unsaved_bytes: u64,
     /// Names in the dedup window.
     pub names: u64,
     /// Bytes of waiting tasks held in memory.
@@ -526,8 +581,11 @@ pub struct Counters {
 pub enum Reply {
     /// A task. `finished` tells that a `Wait` is over.
     Task { view: TaskView },
-    /// A page of tasks and the cursor of the next one; 0 when there is none.
-    Page { views: Vec<TaskView>, cursor: u32 },
+    /// Tasks in the order of a list, the last one first, and the pages of the table that were not looked at; 0 for none.
+    Page { views: Vec<TaskView>, pages: u32 },
+    /// The task is not in memory: if there is such a task, it has ended and history has it. `request` is its identity, as
+    /// far as that is known.
+    NotHeld { request: Option<RequestId> },
     /// The wish or the stop is carried out and durable.
     Done { state: Option<State> },
     /// Counters.
@@ -647,6 +705,8 @@ pub struct Effects {
     pub shards: Vec<(ShardId, Control)>,
     /// Records to be read back.
     pub fetches: Vec<Fetch>,
+    /// The answer to [`Control::History`].
+    pub history: Option<EndedBatch>,
     /// Batches to be read back from here on, for cleaning; at most one such request is under way.
     pub scan: Option<Lsn>,
     /// Changes of configuration that every shard has logged; edges may use them.

@@ -97,6 +97,22 @@ impl RequestId {
         SlotIndex(self.0 as u32)
     }
 
+    /// The number by which tasks are listed: by the time of their acceptance, then by their running number. Of two tasks
+    /// of one shard the one that was accepted later has the larger one, and no two tasks have the same.
+    pub fn order(self) -> u128 {
+        self.0.rotate_left(12)
+    }
+
+    /// The task with this order.
+    pub fn from_order(order: u128) -> RequestId {
+        RequestId(order.rotate_right(12))
+    }
+
+    /// The smallest order of a task that was accepted at this time.
+    pub fn order_at(accepted_ms: u64) -> u128 {
+        u128::from(accepted_ms.min(Self::ACCEPTED_MS_MAX)) << 84
+    }
+
     /// Reads `t` followed by 32 lower-case hex digits; anything else is `None`.
     pub fn parse(text: &str) -> Option<RequestId> {
         let digits = text.strip_prefix('t')?.as_bytes();
@@ -225,6 +241,10 @@ mod tests {
         assert_eq!(id.accepted_ms(), 1_790_000_000_123);
         assert_eq!(id.seq(), RequestId::SEQ_MAX);
         assert_eq!(id.slot(), SlotIndex(u32::MAX - 1));
+        assert_eq!(RequestId::from_order(id.order()), id);
+        let later = RequestId::new(CellId(0), id.accepted_ms() + 1, 0, SlotIndex(0));
+        let end = RequestId::order_at(id.accepted_ms() + 1);
+        assert!(id.order() < end && end == later.order());
         let text = alloc::format!("{id}");
         assert_eq!(RequestId::parse(&text), Some(id));
         for broken in [

@@ -55,10 +55,18 @@ pub const SEGMENT_BYTES_DEFAULT: usize = 64 << 20;
 pub const SNAPSHOT_PIECE_BYTES: usize = (64 << 10) - 64;
 /// The largest segment.
 pub const SEGMENT_BYTES_MAX: usize = 256 << 20;
-/// Finished tasks that a shard keeps for queries.
-pub const FINISHED_MAX_DEFAULT: u32 = 1_000_000;
+/// Finished tasks that a shard keeps in memory though the history has them.
+pub const FINISHED_MAX_DEFAULT: u32 = 16_384;
 /// Bytes of their records in the log; beyond either bound the oldest of them are forgotten.
-pub const FINISHED_BYTES_MAX_DEFAULT: u64 = 1 << 30;
+pub const FINISHED_BYTES_MAX_DEFAULT: u64 = 64 << 20;
+/// How long the history keeps a task after its end, in milliseconds: a week.
+pub const HISTORY_RETENTION_MS_DEFAULT: u64 = 7 * 86_400_000;
+/// Bytes of one tenant's history.
+pub const HISTORY_BYTES_MAX_DEFAULT: u64 = 64 << 30;
+/// Bytes of the records of ended tasks that the history may lack, per shard, before submits are refused.
+pub const HISTORY_LAG_MAX_DEFAULT: u64 = 1 << 30;
+/// Bytes of them that may come together while shards are busy.
+pub const HISTORY_DEFER_MAX_DEFAULT: u64 = 256 << 20;
 /// The log is not cleaned while it has fewer closed segments than this.
 pub const CLEAN_SEGMENTS_MIN: u64 = 4;
 /// Bytes of the log that cleaning goes through in one step.
@@ -158,6 +166,10 @@ const _: () = assert!(
 const _: () = assert!(
     OUTBOX_SPARE_MAX <= OUTBOX_DELIVERIES_MAX && OUTBOX_SPARE_BYTES_MAX >= BATCH_BYTES_MAX,
     "what a whole batch of the log has to say is kept for reuse"
+);
+const _: () = assert!(
+    HISTORY_DEFER_MAX_DEFAULT <= HISTORY_LAG_MAX_DEFAULT / 2,
+    "history writes before submits are refused"
 );
 const _: () = assert!(PAYLOAD_BYTES_DEFAULT <= PAYLOAD_BYTES_LIMIT);
 const _: () = assert!(

@@ -58,11 +58,13 @@ pub enum Bug {
     SnapshotReplayedOver,
     /// A snapshot is believed without its checksums.
     DamagedSnapshotTrusted,
+    /// What was handed to history counts as safe before history has it on the disk.
+    HistoryConfirmsTooEarly,
 }
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Bug; 26] = [
+    pub const ALL: [Bug; 27] = [
         Bug::AckBeforeFlush,
         Bug::RetriedFlush,
         Bug::MissingDirectoryFlush,
@@ -89,6 +91,7 @@ impl Bug {
         Bug::NamesLostInSnapshot,
         Bug::SnapshotReplayedOver,
         Bug::DamagedSnapshotTrusted,
+        Bug::HistoryConfirmsTooEarly,
     ];
 
     /// The name by which a command asks for it.
@@ -120,6 +123,7 @@ impl Bug {
             Bug::NamesLostInSnapshot => "names_lost_in_snapshot",
             Bug::SnapshotReplayedOver => "snapshot_replayed_over",
             Bug::DamagedSnapshotTrusted => "damaged_snapshot_trusted",
+            Bug::HistoryConfirmsTooEarly => "history_confirms_too_early",
         }
     }
 

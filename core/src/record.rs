@@ -225,7 +225,7 @@ pub struct RelocatedTaskRecordV1<'a> {
     pub from: u64,
     /// Logged time of the move.
     pub at_ms: u64,
-    /// Logged time of the next attempt, for `Retrying`.
+    /// Logged time of the next attempt, for `Retrying`, and of the end, for a finished task.
     pub due_ms: u64,
     /// Where the outcome of a finished task stands; 0 where there is none.
     pub outcome: u64,

@@ -9,8 +9,8 @@ use alloc::boxed::Box;
 use crate::{
     error::Code,
     event::{
-        Answer, AnswerRun, Control, Counters, Effects, Inbox, OutcomeAck, OutcomeBatch, Query,
-        Reply, SubmitBatch,
+        Answer, AnswerRun, Control, Counters, Effects, EndedBatch, Inbox, OutcomeAck, OutcomeBatch,
+        Query, Reply, SubmitBatch,
     },
     id::{RequestId, ShardId},
 };
@@ -78,6 +78,10 @@ pub fn everything(
             Control::Apply { version, .. } => {
                 let applied = Control::Applied { shard: me, version };
                 effects.shards.push((ShardId(0), applied));
+                continue;
+            }
+            Control::History { .. } => {
+                effects.history = Some(EndedBatch::default());
                 continue;
             }
             Control::SessionOpened { .. }

@@ -14,7 +14,7 @@ use crate::{
     config::{Change, Directory, FunctionConfig, OnFailure, Wish},
     error::Code,
     event::{Control, Counters, Durable, EdgeBatch, Effects, Inbox, Urgency},
-    flow::{clean::Cleaning, replay::Replayed},
+    flow::{clean::Cleaning, history::Unsaved, replay::Replayed},
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
     limits::{
         DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT,
@@ -57,6 +57,9 @@ pub struct Options {
     pub finished_max: u32,
     /// Bytes of their records in the log.
     pub finished_bytes_max: u64,
+    /// Bytes of the records of ended tasks that history may lack before submits are refused; 0 where there is no
+    /// history, and the oldest finished tasks are forgotten for good.
+    pub history_lag_max: u64,
     /// Time for which a lease outlives its executor's connection.
     pub lease_ms: u64,
     /// Time for which a `task_id` names one task.
@@ -74,6 +77,7 @@ impl Default for Options {
             fetched_bytes_max: 64 << 20,
             finished_max: FINISHED_MAX_DEFAULT,
             finished_bytes_max: FINISHED_BYTES_MAX_DEFAULT,
+            history_lag_max: 0,
             lease_ms: 15_000,
             dedup_window_ms: DEDUP_WINDOW_MS,
         }
@@ -103,6 +107,7 @@ pub(crate) enum Fact {
     Moved {
         request: RequestId,
         state: State,
+        position: Lsn,
     },
     Config {
         version: u64,
@@ -315,6 +320,8 @@ pub struct Shard {
     pub(crate) finished: List,
     /// Bytes of their records.
     pub(crate) finished_bytes: u64,
+    /// The last of them, which history does not have yet.
+    pub(crate) unsaved: Unsaved,
     /// Live references into each segment from `first_segment` on.
     pub(crate) segments: VecDeque<u32>,
     pub(crate) first_segment: u64,
@@ -406,6 +413,7 @@ impl Shard {
             keys: PagedSlab::default(),
             finished: List::default(),
             finished_bytes: 0,
+            unsaved: Unsaved::default(),
             segments: VecDeque::new(),
             first_segment: 0,
             config_segment: 0,
@@ -603,6 +611,11 @@ impl Shard {
         self.tasks.used()
     }
 
+    /// True if the task is in memory.
+    pub fn holds(&self, request: RequestId) -> bool {
+        self.tasks.find(request).is_some()
+    }
+
     /// Which events have met which states since the start: a bit an event, by state, in the order of their table.
     pub fn met(&self) -> [u16; State::ALL.len()] {
         self.met
@@ -635,6 +648,8 @@ impl Shard {
                 .sum::<u64>()
                 + u64::from(self.orphans.count),
             finished: u64::from(self.finished.count),
+            unsaved: u64::from(self.unsaved.count),
+            unsaved_bytes: self.unsaved.bytes,
             names: self.names.len() as u64,
             fetched_bytes: self.blobs.bytes() as u64,
             live_bytes: self.live_bytes,

@@ -172,7 +172,7 @@ impl Growth {
             mono_ns: 1,
             logged_ms: 1_000_000,
         };
-        shard.start(now);
+        shard.start(now, Lsn(0));
         let mut growth = Growth {
             shard,
             now,

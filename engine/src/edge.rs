@@ -24,7 +24,7 @@ use crate::{
 /// send it is dropped.
 pub struct Edge {
     id: EdgeId,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     outbox: Arc<Outbox>,
     /// Shards that were given something since the last `wake`.
     given: std::cell::Cell<[u64; 4]>,

@@ -22,7 +22,7 @@ use pelton_core::{
     config::Wish,
     error::Code,
     event::{
-        Control, Durability, EdgeBatch, Outcome, OutcomeBatch, Query, Reply, Span, Start,
+        Control, Durability, EdgeBatch, Filter, Outcome, OutcomeBatch, Query, Reply, Span, Start,
         SubmitBatch, SubmitTask, Target, Verdict, stow,
     },
     id::{ConnectionId, FunctionId, RequestId, ShardId, TaskName, TenantId, Token, name_is_valid},
@@ -38,6 +38,7 @@ use crate::{
     edge::Edge,
     engine::{Engine, lock},
     info::{InfoReply, TaskInfo},
+    listing::{ListFilter, Listing},
     routes::Routes,
     slots::Lender,
 };
@@ -129,6 +130,10 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+const NO_TASK: &str = "there is no such task, or it is no longer kept";
+const NO_HISTORY: &str = "the history cannot be read: see the log of this process";
+/// Tasks of one page.
+const LIST_ROWS_MAX: u32 = 1_000;
 const CLOSED: &str = "the engine is closing";
 const BUSY: &str = "65,536 calls wait already: try again in a moment";
 const NAME: &str = "a name is 1 to 128 bytes: a letter or '_', then letters, digits, '_' and '-'";
@@ -182,6 +187,12 @@ pub(crate) enum Asked {
     Done,
     Task(Box<TaskInfo>),
     Finished,
+    /// It is not in memory; its identity, as far as that is known.
+    NotHeld(Option<RequestId>),
+    Page {
+        tasks: Vec<TaskInfo>,
+        pages: u32,
+    },
 }
 
 pub(crate) enum Question {
@@ -196,6 +207,12 @@ pub(crate) enum Command {
         tenant: String,
         task: TaskName,
         question: Question,
+        reply: AskReply,
+    },
+    List {
+        tenant: TenantId,
+        shard: ShardId,
+        filter: Filter,
         reply: AskReply,
     },
     Configure(Wish, AskReply),
@@ -292,12 +309,100 @@ impl Engine {
 
     /// A task by request id, `FUNCTION/TASK_ID` or `FUNCTION/KEY/TASK_ID`.
     pub fn get(&self, tenant: &str, task: &str) -> Result<TaskInfo, Error> {
-        match self.ask(tenant, task, Question::Get, Duration::MAX)? {
+        self.get_within(tenant, task, Duration::MAX)
+    }
+
+    fn get_within(&self, tenant: &str, task: &str, timeout: Duration) -> Result<TaskInfo, Error> {
+        match self.ask(tenant, task, Question::Get, timeout)? {
             Asked::Task(info) => Ok(*info),
-            Asked::Done | Asked::Finished => {
+            Asked::NotHeld(request) => self.get_from_history(tenant, task, request),
+            Asked::Done | Asked::Finished | Asked::Page { .. } => {
                 Err(Error::new(Code::Internal, "no task was answered"))
             }
         }
+    }
+
+    fn get_from_history(
+        &self,
+        tenant: &str,
+        task: &str,
+        request: Option<RequestId>,
+    ) -> Result<TaskInfo, Error> {
+        let none = Error::new(Code::NotFound, NO_TASK);
+        let (Some(history), Some(name)) = (self.history(), TaskName::parse(task)) else {
+            return Err(none);
+        };
+        let placed = self.with_routes(|routes| locate(routes, tenant, name))?;
+        let found = match (placed, request) {
+            ((tenant, _, _), Some(request)) | ((tenant, Target::Request(request), _), None) => {
+                history.get(tenant, request)
+            }
+            (
+                (
+                    tenant,
+                    Target::Given {
+                        function,
+                        key,
+                        task_id,
+                    },
+                    _,
+                ),
+                None,
+            ) => history.find(tenant, function, &key, &task_id),
+        };
+        match found {
+            Ok(found) => found.ok_or(none),
+            Err(error) => {
+                tracing::error!(%error, "a task cannot be looked for in the history");
+                Err(Error::new(Code::Unavailable, NO_HISTORY))
+            }
+        }
+    }
+
+    /// Tasks of a tenant in the order of their acceptance, the last one first, and what to put into
+    /// [`ListFilter::cursor`] for the next page; `None` when there is none. With a filter a page may be short, or empty,
+    /// and there are others all the same.
+    pub fn list(
+        &self,
+        tenant: &str,
+        filter: ListFilter,
+    ) -> Result<(Vec<TaskInfo>, Option<u128>), Error> {
+        if filter.limit == 0 || filter.limit > LIST_ROWS_MAX {
+            return Err(Error::new(
+                Code::InvalidArgument,
+                "a limit is from 1 to 1000",
+            ));
+        }
+        let Some(tenant) = self.with_routes(|routes| routes.tenant(tenant)) else {
+            return Ok((Vec::new(), None));
+        };
+        let mut listing = Listing::new(filter, self.shard_count());
+        while let Some((shard, filter)) = listing.question() {
+            if self
+                .quarantined()
+                .any(|quarantine| quarantine.shard == shard)
+            {
+                listing.on_page(Vec::new(), 0);
+                continue;
+            }
+            let (reply, receiver) = mpsc::channel();
+            self.embedded()?.send(Command::List {
+                tenant,
+                shard,
+                filter,
+                reply,
+            })?;
+            match received(&receiver, Duration::MAX)? {
+                Asked::Page { tasks, pages } => listing.on_page(tasks, pages),
+                Asked::Done | Asked::Finished | Asked::NotHeld(_) | Asked::Task(_) => {
+                    return Err(Error::new(Code::Internal, "no list was answered"));
+                }
+            }
+        }
+        listing.finish(tenant, self.history()).map_err(|error| {
+            tracing::error!(%error, "the history cannot be listed");
+            Error::new(Code::Unavailable, NO_HISTORY)
+        })
     }
 
     /// Waits until a task is terminal, and returns it.
@@ -305,24 +410,28 @@ impl Engine {
         let start = Instant::now();
         match self.ask(tenant, task, Question::Wait, timeout)? {
             Asked::Task(info) => Ok(*info),
-            Asked::Done | Asked::Finished => {
+            Asked::NotHeld(request) => self.get_from_history(tenant, task, request),
+            Asked::Done | Asked::Finished | Asked::Page { .. } => {
                 let left = timeout
                     .saturating_sub(start.elapsed())
                     .max(Duration::from_secs(1));
-                match self.ask(tenant, task, Question::Get, left)? {
-                    Asked::Task(info) => Ok(*info),
-                    Asked::Done | Asked::Finished => {
-                        Err(Error::new(Code::Internal, "no task was answered"))
-                    }
-                }
+                self.get_within(tenant, task, left)
             }
         }
     }
 
     /// Ends a task.
     pub fn stop(&self, tenant: &str, task: &str) -> Result<(), Error> {
-        self.ask(tenant, task, Question::Stop, Duration::MAX)
-            .map(drop)
+        match self.ask(tenant, task, Question::Stop, Duration::MAX)? {
+            Asked::NotHeld(request) => {
+                self.get_from_history(tenant, task, request)?;
+                Err(Error::new(
+                    Code::FailedPrecondition,
+                    "the task has ended or is being stopped",
+                ))
+            }
+            Asked::Done | Asked::Finished | Asked::Task(_) | Asked::Page { .. } => Ok(()),
+        }
     }
 
     /// Makes or changes a tenant or a function; returns when every shard has it on disk.
@@ -596,8 +705,15 @@ impl Caller {
             while let Some(delivery) = self.edge.take() {
                 self.on_batch(delivery.shard, &delivery.batch);
                 for (ticket, reply) in delivery.infos.into_iter().map(|i| (i.ticket, i.reply)) {
-                    if let InfoReply::Task(task) = reply {
-                        self.answer(ticket, Ok(Asked::Task(task)));
+                    match reply {
+                        InfoReply::Task(task) => self.answer(ticket, Ok(Asked::Task(task))),
+                        InfoReply::NotHeld { request } => {
+                            self.answer(ticket, Ok(Asked::NotHeld(request)));
+                        }
+                        InfoReply::Page { tasks, pages } => {
+                            self.answer(ticket, Ok(Asked::Page { tasks, pages }));
+                        }
+                        InfoReply::Stats(_) => {}
                     }
                 }
             }
@@ -671,6 +787,25 @@ impl Caller {
                     question,
                     reply,
                 } => self.ask(&tenant, task, &question, reply),
+                Command::List {
+                    tenant,
+                    shard,
+                    filter,
+                    reply,
+                } => {
+                    let (connection, ticket) = (self.connection, self.ticket());
+                    self.asks.insert(ticket, reply);
+                    let query = Query::List { filter };
+                    self.control(
+                        shard,
+                        Control::Query {
+                            connection,
+                            ticket,
+                            tenant,
+                            query,
+                        },
+                    );
+                }
                 Command::Configure(wish, reply) => {
                     let ticket = self.ticket();
                     self.asks.insert(ticket, reply);
@@ -904,6 +1039,7 @@ impl Caller {
                 Reply::Done { .. }
                 | Reply::Task { .. }
                 | Reply::Page { .. }
+                | Reply::NotHeld { .. }
                 | Reply::Stats { .. }
                 | Reply::Leases { .. }
                 | Reply::LeasesLost { .. } => self.answer(*ticket, Ok(Asked::Done)),
@@ -1062,12 +1198,7 @@ fn locate(
     tenant: &str,
     task: TaskName,
 ) -> Result<(TenantId, Target, ShardId), Error> {
-    let none = || {
-        Error::new(
-            Code::NotFound,
-            "there is no such task, or it is no longer kept",
-        )
-    };
+    let none = || Error::new(Code::NotFound, NO_TASK);
     let tenant = routes.tenant(tenant).ok_or_else(none)?;
     match task {
         TaskName::Request(request) => {
@@ -1125,6 +1256,7 @@ mod tests {
             },
         );
         let shared = Arc::new(Shared {
+            history: OnceLock::new(),
             inboxes: vec![ShardInbox::new().unwrap()],
             edges: vec![OnceLock::new()],
             routes: RoutePointer::new(Routes::new(1, directory)),

@@ -15,13 +15,16 @@ use glommio::{LocalExecutorBuilder, Placement};
 use pelton_core::{
     config::{Change, Directory},
     event::Control,
-    id::ShardId,
+    id::{Lsn, ShardId},
     limits::{
-        EDGE_COUNT_MAX, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT,
-        SEGMENT_BYTES_DEFAULT, SHARD_COUNT_MAX,
+        EDGE_COUNT_MAX, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT,
+        HISTORY_BYTES_MAX_DEFAULT, HISTORY_DEFER_MAX_DEFAULT, HISTORY_LAG_MAX_DEFAULT,
+        HISTORY_RETENTION_MS_DEFAULT, PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT,
+        SHARD_COUNT_MAX,
     },
     shard::Options as CoreOptions,
 };
+use pelton_history::StoreError;
 use pelton_storage::{
     device::DeviceError,
     log::Options as LogOptions,
@@ -32,10 +35,11 @@ use pelton_storage::{
 use crate::{
     edge::Edge,
     embedded::Embedded,
+    history::{History, HistoryOptions, Writer},
     inbox::{Outbox, ShardInbox},
     quarantine::{Quarantine, stand_in},
     routes::{RoutePointer, Routes},
-    shard_loop::{Gone, Setup, ShardLoop},
+    shard_loop::{Begin, Gone, Setup, ShardLoop},
 };
 
 /// Memory that glommio registers with the kernel for direct I/O of its own, per shard: the log has its own.
@@ -56,11 +60,20 @@ pub struct Options {
     pub payload_bytes_max: usize,
     /// Free bytes of the file system below which submits are refused.
     pub space_bytes_min: u64,
-    /// Finished tasks that each shard keeps for queries, and bytes of their records; beyond either the oldest of them
-    /// are forgotten.
+    /// Finished tasks that each shard keeps in memory, and bytes of their records; beyond either the oldest of them that
+    /// are in the history are forgotten.
     pub finished_max: u32,
     /// See `finished_max`.
     pub finished_bytes_max: u64,
+    /// How long a task is kept after its end, in the history on the disk; zero for no history, and then what is forgotten
+    /// by `finished_max` is forgotten for good.
+    pub history_retention: Duration,
+    /// Bytes of the history of one tenant beyond which its oldest rows go earlier.
+    pub history_bytes_max: u64,
+    /// Bytes of the records of ended tasks that the history may lack, per shard; beyond that submits are refused.
+    pub history_lag_max: u64,
+    /// Bytes of them that may come together while shards are busy.
+    pub history_defer_max: u64,
     /// Time for which a lease outlives its executor's connection.
     pub lease: Duration,
 }
@@ -76,6 +89,10 @@ impl Default for Options {
             space_bytes_min: 1 << 30,
             finished_max: FINISHED_MAX_DEFAULT,
             finished_bytes_max: FINISHED_BYTES_MAX_DEFAULT,
+            history_retention: Duration::from_millis(HISTORY_RETENTION_MS_DEFAULT),
+            history_bytes_max: HISTORY_BYTES_MAX_DEFAULT,
+            history_lag_max: HISTORY_LAG_MAX_DEFAULT,
+            history_defer_max: HISTORY_DEFER_MAX_DEFAULT,
             lease: Duration::from_secs(15),
         }
     }
@@ -93,6 +110,8 @@ pub enum OpenError {
     Device(DeviceError),
     /// More shards than there may be.
     Shards { asked: usize },
+    /// The history.
+    History(StoreError),
     /// A thread or executor could not be made.
     Thread(String),
 }
@@ -113,6 +132,7 @@ impl fmt::Display for OpenError {
                 f,
                 "{asked} shards were asked for; from 1 to {SHARD_COUNT_MAX} are possible"
             ),
+            OpenError::History(error) => error.fmt(f),
             OpenError::Thread(error) => write!(f, "a shard's thread could not be started: {error}"),
         }
     }
@@ -127,6 +147,8 @@ pub(crate) struct Shared {
     pub(crate) routes: RoutePointer,
     /// By shard: why it is not served. Set before anybody is.
     pub(crate) quarantined: Vec<OnceLock<Quarantine>>,
+    /// Set when every log has been judged and before anybody is served, if there is to be a history.
+    pub(crate) history: OnceLock<Arc<History>>,
 }
 
 /// How an engine closed.
@@ -157,6 +179,8 @@ pub struct Engine {
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
     /// How each shard ended, once, and what has been heard of that.
     ended: Mutex<(Receiver<Ended>, Vec<Ended>)>,
+    /// The thread that writes the history, and the word that it has ended.
+    writer: Mutex<Option<(thread::JoinHandle<()>, Receiver<()>)>>,
     reports: Vec<Report>,
     options: Options,
     directory: DataDirectory,
@@ -198,6 +222,7 @@ impl Engine {
         };
         let inboxes: Result<Vec<_>, _> = (0..manifest.shards).map(|_| ShardInbox::new()).collect();
         let shared = Arc::new(Shared {
+            history: OnceLock::new(),
             inboxes: inboxes.map_err(|error| OpenError::Thread(error.to_string()))?,
             edges: (0..EDGE_COUNT_MAX).map(|_| OnceLock::new()).collect(),
             routes: RoutePointer::new(Routes::new(manifest.shards, Directory::default())),
@@ -236,6 +261,7 @@ impl Engine {
         let mut engine = Engine {
             shared,
             threads: Mutex::new(threads),
+            writer: Mutex::new(None),
             ended: Mutex::new((ended, Vec::new())),
             reports: Vec::new(),
             options,
@@ -278,18 +304,68 @@ impl Engine {
         };
         let truth = found[most].2.clone();
         let unserved: Vec<ShardId> = quarantined.iter().map(|q| q.shard).collect();
-        for &ShardId(shard) in &unserved {
-            let _ = starts[usize::from(shard)].send(Vec::new());
+        engine.open_history(&manifest)?;
+        let mut begins = Vec::with_capacity(starts.len());
+        for &shard in &unserved {
+            let (missing, saved) = (Vec::new(), Lsn(0));
+            begins.push((shard, Begin { missing, saved }));
         }
         for (shard, report, directory) in found {
             engine.reports.push(report);
-            let _ = starts[usize::from(shard.0)].send(missing(&truth, &directory));
+            let missing = missing(&truth, &directory);
+            let saved = match engine.history() {
+                Some(history) => history.saved(shard.0).map_err(OpenError::History)?,
+                None => Lsn(0),
+            };
+            begins.push((shard, Begin { missing, saved }));
+        }
+        for (shard, begin) in begins {
+            let _ = starts[usize::from(shard.0)].send(begin);
         }
         engine.shared.routes.adopt(truth, unserved);
         if ready.iter().take(starts.len()).count() != starts.len() {
             return Err(ended_early());
         }
+        engine.write_history(&manifest)?;
         Ok(engine)
+    }
+
+    /// Opens or makes the history, if there is to be one.
+    fn open_history(&self, manifest: &Manifest) -> Result<(), OpenError> {
+        let options = HistoryOptions {
+            retention: self.options.history_retention,
+            bytes_max: self.options.history_bytes_max,
+            lag_max: self.options.history_lag_max,
+            defer_max: self.options.history_defer_max,
+        };
+        if !options.retention.is_zero() {
+            let folder = self.directory.path().join("history");
+            let history = History::open(&folder, manifest.log_id, manifest.shards, options)
+                .map_err(OpenError::History)?;
+            self.shared.history.get_or_init(|| Arc::new(history));
+        }
+        Ok(())
+    }
+
+    /// Starts the thread that writes the history, if there is one.
+    fn write_history(&self, manifest: &Manifest) -> Result<(), OpenError> {
+        let Some(history) = self.shared.history.get() else {
+            return Ok(());
+        };
+        let logs: Vec<_> = (0..manifest.shards)
+            .map(|shard| (self.directory.shard(shard), log_options(manifest, shard)))
+            .collect();
+        let writer = Writer::new(Arc::clone(history), Arc::clone(&self.shared), logs);
+        let (ended_sender, ended) = channel();
+        let thread = thread::Builder::new()
+            .name("pelton-history".to_owned())
+            .spawn(move || {
+                writer.run();
+                let _ = ended_sender.send(());
+            })
+            .map_err(|error| OpenError::Thread(error.to_string()))?;
+        *lock(&self.writer) = Some((thread, ended));
+        Ok(())
     }
 
     /// Makes another edge. `wake` is called by shards after they have put something into its outbox; it must be
@@ -320,6 +396,15 @@ impl Engine {
     /// with `UNAVAILABLE`; a start with their files restored serves them.
     pub fn quarantined(&self) -> impl Iterator<Item = &Quarantine> {
         self.shared.quarantined.iter().filter_map(OnceLock::get)
+    }
+
+    /// The history, if there is one.
+    pub fn history(&self) -> Option<&History> {
+        self.shared.history.get().map(Arc::as_ref)
+    }
+
+    pub(crate) fn with_routes<R>(&self, read: impl FnOnce(&Routes) -> R) -> R {
+        self.shared.routes.with(read)
     }
 
     /// How the log of each shard that is served was found.
@@ -356,6 +441,9 @@ impl Engine {
         if let Some(embedded) = self.embedded.get() {
             embedded.close();
         }
+        if let Some(history) = self.shared.history.get() {
+            history.stop();
+        }
         for inbox in &self.shared.inboxes {
             inbox.stop();
         }
@@ -378,8 +466,17 @@ impl Engine {
                 let _ = thread.join();
             }
         }
+        let mut writer = lock(&self.writer);
+        let mut written = true;
+        if let Some((_, ended)) = &*writer {
+            let rest = deadline.saturating_sub(start.elapsed());
+            written = ended.recv_timeout(rest) != Err(RecvTimeoutError::Timeout);
+        }
+        if written && let Some((thread, _)) = writer.take() {
+            let _ = thread.join();
+        }
         Closed {
-            complete: left == 0,
+            complete: left == 0 && written,
             took: start.elapsed(),
             running: heard.iter().map(|how| how.running).sum(),
             failed: heard.iter().filter_map(|how| how.failed.clone()).collect(),
@@ -408,7 +505,7 @@ type Opened = Result<(ShardId, Report, Directory), OpenError>;
 /// configuration that it lacks; they are on disk.
 struct Said {
     opened: Sender<Opened>,
-    begin: Receiver<Vec<Control>>,
+    begin: Receiver<Begin>,
     ready: Sender<()>,
 }
 
@@ -440,7 +537,7 @@ fn run_shard(setup: Setup, placement: Placement, said: &Said) -> Ended {
             return Some(Ended::default());
         }
         Some(match said.begin.recv() {
-            Ok(missing) => shard.run(missing, &said.ready),
+            Ok(begin) => shard.run(begin, &said.ready),
             Err(_) => Ended::default(),
         })
     });
@@ -471,6 +568,14 @@ fn missing(truth: &Directory, behind: &Directory) -> Vec<Control> {
         .collect()
 }
 
+fn log_options(manifest: &Manifest, shard: u16) -> LogOptions {
+    LogOptions {
+        shard,
+        log_id: manifest.log_id,
+        segment_bytes: manifest.segment_bytes,
+    }
+}
+
 fn setup(
     options: &Options,
     manifest: &Manifest,
@@ -478,6 +583,10 @@ fn setup(
     directory: &DataDirectory,
     shared: &Arc<Shared>,
 ) -> Setup {
+    let history_lag_max = match options.history_retention.is_zero() {
+        true => 0,
+        false => options.history_lag_max.max(1),
+    };
     Setup {
         core: CoreOptions {
             shard: ShardId(shard),
@@ -487,14 +596,11 @@ fn setup(
             payload_bytes_max: options.payload_bytes_max as u32,
             finished_max: options.finished_max,
             finished_bytes_max: options.finished_bytes_max,
+            history_lag_max,
             lease_ms: options.lease.as_millis() as u64,
             ..CoreOptions::default()
         },
-        log: LogOptions {
-            shard,
-            log_id: manifest.log_id,
-            segment_bytes: manifest.segment_bytes,
-        },
+        log: log_options(manifest, shard),
         directory: directory.shard(shard),
         begun: has_begun(directory.path()),
         space_bytes_min: options.space_bytes_min,

@@ -3,9 +3,11 @@
 use pelton_core::{
     error::Code,
     event::{Counters, TaskView},
-    id::ConnectionId,
+    id::{ConnectionId, Lsn, RequestId},
     record::{ArchivedRelocatedOutcomeRecordV1, ArchivedRelocatedTaskRecordV1, Record, read_whole},
 };
+
+use pelton_history::Row;
 
 use crate::stats::ShardStats;
 
@@ -34,7 +36,7 @@ pub struct TaskInfo {
     pub output: Vec<u8>,
     /// The result.
     pub result: Vec<u8>,
-    /// Logged time of the last outcome; 0 without one.
+    /// Logged time of the end, or of the last outcome of a task that has not ended; 0 without one.
     pub ended_ms: u64,
     /// A record that should be there could not be read.
     pub damaged: bool,
@@ -54,8 +56,41 @@ impl TaskInfo {
             error: String::new(),
             output: Vec::new(),
             result: Vec::new(),
-            ended_ms: 0,
+            ended_ms: view.ended_ms,
             damaged: false,
+        }
+    }
+
+    /// A task of the history.
+    pub(crate) fn of_row(row: &Row<'_>) -> TaskInfo {
+        let text = |text: &str| text.to_owned();
+        TaskInfo {
+            view: TaskView {
+                request: row.request,
+                function: row.function,
+                state: row.state,
+                token: row.token,
+                retries: row.retries,
+                due_ms: 0,
+                ended_ms: row.ended_ms,
+                executor: 0,
+                record: (Lsn(0), 0),
+                outcome: Lsn(0),
+            },
+            task_id: text(row.task_id),
+            key: text(row.key),
+            content_type: text(row.content_type),
+            traceparent: text(row.traceparent),
+            tags: pelton_core::record::tags(row.tags)
+                .map(|tag| String::from_utf8_lossy(tag).into_owned())
+                .collect(),
+            payload: row.payload.to_vec(),
+            code: row.code,
+            error: text(row.error),
+            output: row.output.to_vec(),
+            result: row.result.to_vec(),
+            ended_ms: row.ended_ms,
+            damaged: row.damaged,
         }
     }
 
@@ -108,8 +143,10 @@ impl TaskInfo {
 pub enum InfoReply {
     /// A task.
     Task(Box<TaskInfo>),
-    /// A page of tasks, without their payloads, and the cursor of the next page; 0 for none.
-    Page { tasks: Vec<TaskInfo>, cursor: u32 },
+    /// Tasks of a list, without their payloads, and the pages of the table that were not looked at.
+    Page { tasks: Vec<TaskInfo>, pages: u32 },
+    /// The task is not in memory. `request` is its identity, as far as that is known.
+    NotHeld { request: Option<RequestId> },
     /// Counters and durations of the shard.
     Stats(Box<ShardStats>),
 }
@@ -148,6 +185,8 @@ pub fn sum(counters: impl IntoIterator<Item = Counters>) -> Counters {
             waiting: a.waiting + b.waiting,
             running: a.running + b.running,
             finished: a.finished + b.finished,
+            unsaved: a.unsaved + b.unsaved,
+            unsaved_bytes: a.unsaved_bytes + b.unsaved_bytes,
             names: a.names + b.names,
             fetched_bytes: a.fetched_bytes + b.fetched_bytes,
             live_bytes: a.live_bytes + b.live_bytes,

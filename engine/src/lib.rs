@@ -4,9 +4,10 @@
 //!
 //! Reading order: `engine` opens and closes; `inbox` is what lies between the threads, on `sync` and `bell`; `routes`
 //! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `outgoing` what a shard has to say;
-//! `shard_loop` the loop of a shard, and `quarantine` what stands in for one that cannot be served; `edge` the handle of
-//! whoever talks to the world; `info` and `stats` what queries bring; `embedded` the API for embedding, and `calls` how
-//! its calls reach its thread.
+//! `shard_loop` the loop of a shard, and `quarantine` what stands in for one that cannot be served; `history` takes what
+//! has ended from the shards to the disk; `edge` is the handle of whoever talks to the world; `info` and `stats` what
+//! queries bring, `listing` how a list is put together; `embedded` the API for embedding, and `calls` how its calls reach
+//! its thread.
 
 pub mod engine;
 
@@ -26,7 +27,10 @@ mod outgoing;
 
 mod shard_loop;
 
+pub mod history;
 pub mod quarantine;
+
+pub mod listing;
 
 pub mod edge;
 

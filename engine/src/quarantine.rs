@@ -90,7 +90,7 @@ impl StandIn<'_> {
             Counters::default,
             &mut effects,
         );
-        for (index, mut batch) in effects.edges.into_iter().enumerate() {
+        for (index, mut batch) in std::mem::take(&mut effects.edges).into_iter().enumerate() {
             for (connection, ticket, reply) in std::mem::take(&mut batch.replies) {
                 if let Reply::Stats { .. } = reply {
                     let stats = Box::new(self.stats.clone());
@@ -108,6 +108,11 @@ impl StandIn<'_> {
             }
         }
         self.outgoing.flush();
+        if let Some(batch) = effects.history.take()
+            && let Some(history) = self.shared.history.get()
+        {
+            history.take(me, batch);
+        }
         self.to_shards.append(&mut effects.shards);
         self.tell_shards();
         came

@@ -13,7 +13,7 @@ use std::{
 use pelton_core::{
     clock::{LoggedClock, Now},
     event::{Control, EdgeBatch, Effects, Fetched, Inbox, Reply, TaskView, Urgency},
-    id::{ConnectionId, EdgeId, RequestId, ShardId},
+    id::{ConnectionId, EdgeId, Lsn, RequestId, ShardId},
     shard::{Options as CoreOptions, Shard},
     snapshot::Cursor,
 };
@@ -66,13 +66,21 @@ pub(crate) struct Setup {
     pub(crate) shared: Arc<Shared>,
 }
 
+/// What a shard that is recovered hears before it serves.
+pub(crate) struct Begin {
+    /// The changes of configuration that its log lacks.
+    pub(crate) missing: Vec<Control>,
+    /// Everything of it that ended before this position is in the history.
+    pub(crate) saved: Lsn,
+}
+
 /// A page or a task whose records are being read.
 struct Lookup {
     connection: ConnectionId,
     ticket: u64,
     tasks: Vec<TaskInfo>,
-    /// `Some` for a page.
-    cursor: Option<u32>,
+    /// `Some` for a page: the pages of the table that were not looked at.
+    pages: Option<u32>,
     /// Reads that have not come back.
     reads: usize,
 }
@@ -173,8 +181,6 @@ impl ShardLoop {
             poisoned: false,
             stats,
         };
-        let now = this.now();
-        this.shard.start(now);
         this.stats.recovery = Recovery {
             batches: report.batches,
             records: report.records,
@@ -183,7 +189,6 @@ impl ShardLoop {
             snapshots_passed_over: report.snapshots_passed_over,
             took_us: begun.elapsed().as_micros() as u64,
         };
-        this.look_at_space(now.mono_ns);
         Ok((this, report))
     }
 
@@ -194,12 +199,17 @@ impl ShardLoop {
 
     /// Logs the configuration that it lacks and says that it is ready, then serves until the engine stops it, flushes
     /// and closes the log.
-    pub(crate) fn run(mut self, missing: Vec<Control>, ready: &Sender<()>) -> Ended {
+    pub(crate) fn run(mut self, begin: Begin, ready: &Sender<()>) -> Ended {
+        let now = self.now();
+        let starts = Instant::now();
+        self.shard.start(now, begin.saved);
+        self.stats.recovery.took_us += starts.elapsed().as_micros() as u64;
+        self.look_at_space(now.mono_ns);
         let shared = Arc::clone(&self.shared);
         let inbox = &shared.inboxes[usize::from(self.me.0)];
         let gone = Gone(inbox);
         let mut told = false;
-        self.inbox.control.extend(missing);
+        self.inbox.control.extend(begin.missing);
         loop {
             if !told && self.is_drained() {
                 // Whoever opens the engine may have given up.
@@ -242,6 +252,9 @@ impl ShardLoop {
         self.shard
             .step(now, durable, &mut self.inbox, &mut space, &mut self.effects);
         self.stats.record_way(self.shard.times());
+        if let Some(history) = self.shared.history.get() {
+            history.note(self.me, self.shard.history_lag_bytes(), now.logged_ms);
+        }
         let (len, records) = (space.len, space.records);
         self.log.filled(len, records);
         // What is due leaves first: sealing may take until the batch is durable.
@@ -358,6 +371,11 @@ impl ShardLoop {
         if let Some(from) = effects.scan.take() {
             self.log.scan(from);
         }
+        if let Some(batch) = effects.history.take()
+            && let Some(history) = self.shared.history.get()
+        {
+            history.take(self.me, batch);
+        }
         if !effects.published.is_empty() {
             self.shared.routes.publish(&effects.published);
             effects.published.clear();
@@ -390,8 +408,12 @@ impl ShardLoop {
             for (connection, ticket, reply) in replies {
                 match reply {
                     Reply::Task { view } => self.look_up(connection, ticket, vec![view], None),
-                    Reply::Page { views, cursor } => {
-                        self.look_up(connection, ticket, views, Some(cursor));
+                    Reply::Page { views, pages } => {
+                        self.look_up(connection, ticket, views, Some(pages));
+                    }
+                    Reply::NotHeld { request } => {
+                        self.outgoing
+                            .inform(connection, ticket, InfoReply::NotHeld { request });
                     }
                     Reply::Stats { counters } => {
                         self.stats.counters = *counters;
@@ -419,7 +441,7 @@ impl ShardLoop {
         connection: ConnectionId,
         ticket: u64,
         views: Vec<TaskView>,
-        cursor: Option<u32>,
+        pages: Option<u32>,
     ) {
         let lookup = self.next_lookup;
         self.next_lookup += 1;
@@ -437,7 +459,7 @@ impl ShardLoop {
             connection,
             ticket,
             tasks: views.into_iter().map(TaskInfo::new).collect(),
-            cursor,
+            pages,
             reads,
         };
         if reads == 0 {
@@ -447,7 +469,7 @@ impl ShardLoop {
         }
     }
 
-    fn read_for(&mut self, lookup: u64, task: usize, position: pelton_core::id::Lsn, bytes: usize) {
+    fn read_for(&mut self, lookup: u64, task: usize, position: Lsn, bytes: usize) {
         let ticket = self.next_lookup;
         self.next_lookup += 1;
         self.lookup_reads
@@ -465,7 +487,7 @@ impl ShardLoop {
         let task = &mut entry.tasks[read.task];
         let understood = record.as_ref().is_some_and(|record| task.read(record));
         task.damaged |= !understood;
-        if entry.cursor.is_some() {
+        if entry.pages.is_some() {
             task.payload = Vec::new();
             task.result = Vec::new();
             task.output = Vec::new();
@@ -479,12 +501,12 @@ impl ShardLoop {
     }
 
     fn finish_lookup(&mut self, mut entry: Lookup) {
-        let reply = match (entry.cursor, entry.tasks.pop()) {
-            (Some(cursor), last) => {
+        let reply = match (entry.pages, entry.tasks.pop()) {
+            (Some(pages), last) => {
                 entry.tasks.extend(last);
                 InfoReply::Page {
                     tasks: entry.tasks,
-                    cursor,
+                    pages,
                 }
             }
             (None, Some(task)) => InfoReply::Task(Box::new(task)),

@@ -192,7 +192,7 @@ fn goes_on(mut shard: Shard) {
         mono_ns: 1 + after_ms * 1_000_000,
         logged_ms: start + after_ms,
     };
-    shard.start(now(0));
+    shard.start(now(0), Lsn(0));
     shard.audit();
 
     let mut again = Shard::new(options());
@@ -208,7 +208,7 @@ fn goes_on(mut shard: Shard) {
             break;
         }
     }
-    again.start(now(0));
+    again.start(now(0), Lsn(0));
     again.audit();
     again.audit_against(&shard);
 

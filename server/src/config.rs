@@ -7,8 +7,10 @@ use std::{
 };
 
 use pelton_core::limits::{
-    FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_LIMIT,
-    SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN,
+    FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, HISTORY_BYTES_MAX_DEFAULT,
+    HISTORY_DEFER_MAX_DEFAULT, HISTORY_LAG_MAX_DEFAULT, HISTORY_RETENTION_MS_DEFAULT,
+    PAYLOAD_BYTES_DEFAULT, PAYLOAD_BYTES_LIMIT, SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MAX,
+    SEGMENT_BYTES_MIN,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -24,6 +26,7 @@ const ENV_PREFIX: &str = "PELTON_";
 pub struct Layer {
     pub server: ServerLayer,
     pub limits: LimitsLayer,
+    pub history: HistoryLayer,
     pub executor: ExecutorLayer,
 }
 
@@ -48,6 +51,16 @@ pub struct LimitsLayer {
     pub space_bytes_min: Option<u64>,
     pub finished_max: Option<u32>,
     pub finished_bytes_max: Option<u64>,
+}
+
+/// `[history]`
+#[derive(Clone, Default, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HistoryLayer {
+    pub retention_s: Option<u64>,
+    pub bytes_max: Option<u64>,
+    pub lag_max: Option<u64>,
+    pub defer_max: Option<u64>,
 }
 
 /// `[executor]`
@@ -104,12 +117,16 @@ pub struct Config {
     pub space_bytes_min: Setting<u64>,
     pub finished_max: Setting<u32>,
     pub finished_bytes_max: Setting<u64>,
+    pub history_retention_s: Setting<u64>,
+    pub history_bytes_max: Setting<u64>,
+    pub history_lag_max: Setting<u64>,
+    pub history_defer_max: Setting<u64>,
     pub lease_ms: Setting<u64>,
     pub heartbeat_ms: Setting<u64>,
 }
 
 /// The settings that there are: section, key, and whether it is a number.
-const KEYS: [(&str, &str, bool); 13] = [
+const KEYS: [(&str, &str, bool); 17] = [
     ("server", "listen", false),
     ("server", "data", false),
     ("server", "shards", true),
@@ -121,6 +138,10 @@ const KEYS: [(&str, &str, bool); 13] = [
     ("limits", "space_bytes_min", true),
     ("limits", "finished_max", true),
     ("limits", "finished_bytes_max", true),
+    ("history", "retention_s", true),
+    ("history", "bytes_max", true),
+    ("history", "lag_max", true),
+    ("history", "defer_max", true),
     ("executor", "lease_ms", true),
     ("executor", "heartbeat_ms", true),
 ];
@@ -225,6 +246,30 @@ impl Config {
                 |layer| layer.limits.finished_bytes_max,
                 FINISHED_BYTES_MAX_DEFAULT,
             ),
+            history_retention_s: pick.of(
+                "history",
+                "retention_s",
+                |layer| layer.history.retention_s,
+                HISTORY_RETENTION_MS_DEFAULT / 1_000,
+            ),
+            history_bytes_max: pick.of(
+                "history",
+                "bytes_max",
+                |layer| layer.history.bytes_max,
+                HISTORY_BYTES_MAX_DEFAULT,
+            ),
+            history_lag_max: pick.of(
+                "history",
+                "lag_max",
+                |layer| layer.history.lag_max,
+                HISTORY_LAG_MAX_DEFAULT,
+            ),
+            history_defer_max: pick.of(
+                "history",
+                "defer_max",
+                |layer| layer.history.defer_max,
+                HISTORY_DEFER_MAX_DEFAULT,
+            ),
             lease_ms: pick.of(
                 "executor",
                 "lease_ms",
@@ -318,6 +363,22 @@ impl Config {
                     "finished_bytes_max" => (
                         json!(self.finished_bytes_max.value),
                         &self.finished_bytes_max.source,
+                    ),
+                    "retention_s" => (
+                        json!(self.history_retention_s.value),
+                        &self.history_retention_s.source,
+                    ),
+                    "bytes_max" => (
+                        json!(self.history_bytes_max.value),
+                        &self.history_bytes_max.source,
+                    ),
+                    "lag_max" => (
+                        json!(self.history_lag_max.value),
+                        &self.history_lag_max.source,
+                    ),
+                    "defer_max" => (
+                        json!(self.history_defer_max.value),
+                        &self.history_defer_max.source,
                     ),
                     "lease_ms" => (json!(self.lease_ms.value), &self.lease_ms.source),
                     _ => (json!(self.heartbeat_ms.value), &self.heartbeat_ms.source),

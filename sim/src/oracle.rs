@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use pelton_core::{
     config::{Change, FunctionConfig},
     error::Code,
-    event::{Answer, Durability, Execute, Finished, OutcomeAck, Reply, Start, TaskView, Verdict},
+    event::{
+        Answer, Durability, Ended, Execute, Finished, OutcomeAck, Reply, Start, TaskView, Verdict,
+    },
     id::{FunctionId, Lsn, RequestId, TenantId, Token},
     limits::MAX_AGE_S_DEFAULT,
     record::{Record, read},
@@ -955,9 +957,17 @@ impl Oracle {
     ) -> Check {
         match reply {
             Reply::Task { view } => self.view_leaves(tenant, view),
-            Reply::Page { views, .. } => views
-                .iter()
-                .try_for_each(|view| self.view_leaves(tenant, view)),
+            Reply::Page { views, .. } => {
+                let orders = views.iter().map(|view| view.request.order());
+                require(
+                    orders.is_sorted_by(|before, after| before > after),
+                    "a_list_is_in_order",
+                    || format!("{views:?}"),
+                )?;
+                views
+                    .iter()
+                    .try_for_each(|view| self.view_leaves(tenant, view))
+            }
             Reply::Done { state: Some(state) } => {
                 let Some(task) = asked.and_then(|request| self.tasks.get(&request)) else {
                     return Ok(());
@@ -991,8 +1001,21 @@ impl Oracle {
                     format!("{request} {token:?} is called known and has no outcome on the disk")
                 })
             }),
-            Reply::Done { state: None } | Reply::Stats { .. } | Reply::LeasesLost { .. } => Ok(()),
+            Reply::NotHeld { .. }
+            | Reply::Done { state: None }
+            | Reply::Stats { .. }
+            | Reply::LeasesLost { .. } => Ok(()),
         }
+    }
+
+    /// A task is handed to history.
+    pub fn ended_for_history(&self, row: &Ended) -> Check {
+        self.view_leaves(row.tenant, &row.view)?;
+        require(
+            row.view.state.terminal() && row.view.ended_ms >= row.view.request.accepted_ms(),
+            "history_gets_what_has_ended",
+            || format!("{row:?}"),
+        )
     }
 
     fn view_leaves(&self, tenant: TenantId, view: &TaskView) -> Check {

@@ -141,6 +141,15 @@ pub struct Plan {
     pub finished_max: u32,
     /// Bytes of their records.
     pub finished_bytes_max: u64,
+    /// What has ended goes to history; how much of it shards may keep back, how often history acts, and how many rows it
+    /// takes at once.
+    pub history: bool,
+    /// See `history`.
+    pub history_lag_max: u64,
+    /// See `history`.
+    pub history_ns: u64,
+    /// See `history`.
+    pub history_rows: u64,
     /// Largest payload and result.
     pub payload_bytes_max: u32,
     /// Term of a lease without a connection.
@@ -231,6 +240,10 @@ impl Plan {
             fetched_bytes_max: if r.one_in(2) { 16 << 10 } else { 8 << 20 },
             finished_max: if r.one_in(2) { 150 } else { 1_000_000 },
             finished_bytes_max: if r.one_in(3) { 64 << 10 } else { 1 << 30 },
+            history: !r.one_in(4),
+            history_lag_max: if r.one_in(3) { 256 << 10 } else { 1 << 40 },
+            history_ns: [1_000_000, 10_000_000, 200_000_000][r.below(3) as usize],
+            history_rows: [4, 40, 2_000][r.below(3) as usize],
             payload_bytes_max: 128 << 10,
             lease_ms: [200, 2_000, 15_000][r.below(3) as usize],
             // Names hold segments: only where both are short is a segment ever dead.

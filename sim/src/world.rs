@@ -22,6 +22,7 @@ use crate::{
     caller::{Administrator, Caller, Frame, Question},
     coverage::{Coverage, Moment, Recovery},
     damage::{Expected, expected, is_named},
+    history::History,
     host::Host,
     oracle::{Check, Oracle, Violation, broken},
     swarm::{Fault, Plan, SEGMENT_BYTES},
@@ -97,6 +98,8 @@ pub(crate) enum Happening {
     WorkerConnects { worker: usize },
     /// The administrator does something.
     Administers,
+    /// History takes what has ended.
+    HistoryActs,
     /// Something breaks.
     Breaks { fault: Fault },
     /// A fault that lasts is over.
@@ -157,6 +160,7 @@ pub struct World {
     order: u64,
     pub(crate) trace: Trace,
     pub(crate) oracle: Oracle,
+    pub(crate) history: History,
     pub(crate) counts: Counts,
 
     /// The number of the process's life: what happens to an earlier one happens no more.
@@ -199,7 +203,9 @@ impl World {
     pub fn new(plan: Plan, print: bool) -> World {
         let mut random = Random(plan.seed ^ 0x5151_5151);
         let mut oracle = Oracle::new(plan.shards);
-        oracle.may_exhaust = plan.waiting_bounds || plan.knows(Fault::NoSpace);
+        oracle.may_exhaust = plan.waiting_bounds
+            || plan.knows(Fault::NoSpace)
+            || plan.history && plan.history_lag_max < 1 << 30;
         oracle.payload_bytes_max = plan.payload_bytes_max;
         oracle.dedup_window_ms = plan.dedup_window_ms;
         let disks = (0..plan.shards)
@@ -220,6 +226,7 @@ impl World {
             order: 0,
             trace: Trace::new(print),
             oracle,
+            history: History::new(plan.shards),
             counts: Counts::default(),
             life: 0,
             up: false,
@@ -271,6 +278,7 @@ impl World {
             self.after(1_000, Happening::CallerActs { caller });
         }
         self.administer_in(self.plan.pause_ns * 20);
+        self.after(self.plan.history_ns, Happening::HistoryActs);
         let plan = self.plan.clone();
         self.until_quiet("callers hand in what they have", |world| {
             world.handed_in >= plan.tasks
@@ -404,6 +412,7 @@ impl World {
             } => self.worker_sends(worker, connection, shard),
             Happening::WorkerConnects { worker } => self.worker_connects(worker),
             Happening::Administers => self.administers(),
+            Happening::HistoryActs => self.history_acts()?,
             Happening::Breaks { fault } => self.breaks(fault),
             Happening::SpaceIsBack { shard } => {
                 if self.up {
@@ -529,7 +538,10 @@ impl World {
         if published {
             self.offer_everywhere();
         }
-        Ok(())
+        match effects.history.take() {
+            Some(batch) => self.history_answered(shard, batch),
+            None => Ok(()),
+        }
     }
 
     fn perform_edge(&mut self, shard: usize, edge: EdgeBatch) -> Check {
@@ -688,6 +700,7 @@ impl World {
             "the process is gone".to_owned()
         });
         self.oracle.crashed();
+        self.history.crashed();
         self.frames.clear();
         self.questions.clear();
         self.presentations.clear();
@@ -730,6 +743,11 @@ impl World {
                 fetched_bytes_max: self.plan.fetched_bytes_max,
                 finished_max: self.plan.finished_max,
                 finished_bytes_max: self.plan.finished_bytes_max,
+                history_lag_max: if self.plan.history {
+                    self.plan.history_lag_max
+                } else {
+                    0
+                },
                 lease_ms: self.plan.lease_ms,
                 dedup_window_ms: self.plan.dedup_window_ms,
             };
@@ -788,15 +806,17 @@ impl World {
         let (mono_ns, wall_ms) = (self.mono_base_ns + self.now_ns, self.wall_ms());
         self.clock = LoggedClock::start(mono_ns, wall_ms, last_ms);
         let now = self.now();
-        for (mut shard, mut whole, log) in found {
-            shard.start(now);
+        for (index, (mut shard, mut whole, log)) in found.into_iter().enumerate() {
+            let saved = self.history.through(index);
+            shard.start(now, saved);
             shard.audit();
-            whole.start(now);
+            whole.start(now, saved);
             shard.audit_against(&whole);
             self.hosts.push(Host::new(shard, log));
         }
         self.up = true;
         self.life += 1;
+        self.check_history()?;
         self.reconcile()?;
         for shard in 0..self.hosts.len() {
             self.wake(shard, 1_000);
@@ -952,6 +972,7 @@ impl World {
     /// True if nothing is to be done but wait for nothing.
     fn at_rest(&self) -> bool {
         self.oracle.unfinished() == 0
+            && self.history.idle()
             && self.administrator.idle()
             && self.callers.iter().all(Caller::idle)
             && self.workers.iter().all(Worker::idle)
@@ -962,6 +983,7 @@ impl World {
                     && host.log.open_records() == 0
                     && host.log.can_seal()
                     && host.shard.credits_out() == 0
+                    && host.shard.history_lag_bytes() == 0
             })
     }
 
@@ -982,6 +1004,7 @@ impl World {
     }
 
     fn check_rest(&self) -> Check {
+        self.check_history()?;
         for (index, host) in self.hosts.iter().enumerate() {
             host.shard.audit();
             host.shard.audit_rest();

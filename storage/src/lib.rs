@@ -2,8 +2,9 @@
 //! [`log::Log`] asks for. `docs/FORMAT.md` describes the bytes.
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
-//! log; `snapshot` what spares a start most of it; `read_ahead` reads its segments ahead for `recover`, which finds it again;
-//! `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is.
+//! log; `snapshot` what spares a start most of it; `read_ahead` reads its segments ahead for `recover`, which finds it
+//! again; `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is; `reader` reads
+//! records from another thread.
 
 pub mod format;
 
@@ -24,6 +25,9 @@ pub mod memory;
 pub mod file;
 
 pub mod manifest;
+
+#[cfg(feature = "device")]
+pub mod reader;
 
 #[cfg(feature = "device")]
 pub mod ring;

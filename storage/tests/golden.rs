@@ -635,7 +635,7 @@ fn shard_of_a_snapshot() -> (Shard, Lsn) {
         shard.replay(position, schema, body).unwrap();
         position.0 += 4096;
     }
-    shard.start(now(0));
+    shard.start(now(0), Lsn(0));
     (shard, position)
 }
 
@@ -936,7 +936,7 @@ fn a_shard_that_loads_the_kept_snapshot_is_the_one_that_read_the_log() {
     );
     assert!(sound);
     assert_eq!(kinds, [1, 2, 3, 4, 5, 6], "every kind of piece is in it");
-    loaded.start(now(0));
+    loaded.start(now(0), Lsn(0));
     loaded.audit();
     loaded.audit_against(&whole);
     whole.audit_against(&loaded);

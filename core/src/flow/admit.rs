@@ -28,6 +28,9 @@ fn payload_hash(payload: &[u8]) -> u64 {
 /// How long a caller should wait before it tries again what a full shard refused.
 const RETRY_AFTER_MS: u32 = 100;
 
+/// What is said while history is too far behind.
+const HISTORY_LAGS: &str = "the history lacks history_lag_max bytes of ended tasks: wait until it has caught up; `pelton stats` shows how far it is behind";
+
 struct Refusal {
     code: Code,
     what: &'static str,
@@ -213,6 +216,9 @@ impl Shard {
                 Code::ResourceExhausted,
                 "the disk is filled to its high-water mark; free space or wait until tasks have finished",
             );
+        }
+        if self.has_history() && self.unsaved.bytes > self.options.history_lag_max {
+            return refuse(Code::ResourceExhausted, HISTORY_LAGS);
         }
         let queue = &self.queues[lane.tenant.0 as usize];
         if queue.waiting >= queue.waiting_max {

@@ -92,7 +92,11 @@ impl Shard {
             state: state as u8,
         };
         let placed = space.append(Schema::Move, &record);
-        self.open.facts.push(Fact::Moved { request, state });
+        self.open.facts.push(Fact::Moved {
+            request,
+            state,
+            position: placed.lsn,
+        });
         self.note(Urgency::Now);
         placed.lsn
     }

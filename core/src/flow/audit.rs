@@ -181,6 +181,7 @@ impl Shard {
             references, expected,
             "segments are kept for what refers to them"
         );
+        self.audit_history();
         self.audit_credits();
     }
 

@@ -110,6 +110,10 @@ impl Shard {
                 }
                 looked @ (Looked::Wait | Looked::Full) => {
                     effects.full |= matches!(looked, Looked::Full);
+                    if !self.open.facts.is_empty() {
+                        // What it waits for may be among them, and nobody else in a hurry.
+                        self.note(Urgency::Soon);
+                    }
                     self.cleaning.waits = true;
                     self.cleaning.held = Some(held);
                     return;
@@ -214,6 +218,7 @@ impl Shard {
         let due_ms = match (state, task.state()) {
             (State::Retrying, State::Retrying) => task.at,
             (State::Retrying, _) => self.now.logged_ms,
+            (state, _) if state.terminal() => task.ended_ms(),
             _ => 0,
         };
         let holds_key = state == State::Failed && !record.key.is_empty() && {
@@ -425,6 +430,9 @@ impl Shard {
         self.live_bytes = self.live_bytes - before + after;
         if self.tasks[slot].state().terminal() {
             self.finished_bytes = self.finished_bytes - before + after;
+        }
+        if self.tasks[slot].has(FLAG_UNSAVED) {
+            self.unsaved.bytes = self.unsaved.bytes - before + after;
         }
     }
 

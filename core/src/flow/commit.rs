@@ -108,10 +108,14 @@ impl Shard {
                     }
                 } else {
                     let outcome = (position, record_bytes);
-                    self.finish(slot, state, outcome, code, durable, effects);
+                    self.finish(slot, state, outcome, position, code, durable, effects);
                 }
             }
-            Fact::Moved { request, state } => {
+            Fact::Moved {
+                request,
+                state,
+                position,
+            } => {
                 let Some(slot) = self.tasks.find(request) else {
                     return;
                 };
@@ -122,7 +126,8 @@ impl Shard {
                 } else if state.terminal() {
                     let function = self.tasks[slot].function;
                     self.detach(slot);
-                    self.finish(slot, state, (Lsn(0), 0), Code::Ok, durable, effects);
+                    let outcome = (Lsn(0), 0);
+                    self.finish(slot, state, outcome, position, Code::Ok, durable, effects);
                     self.arm_lane_age(function);
                     self.wake_lane(function);
                 }
@@ -344,12 +349,15 @@ impl Shard {
         self.ages.insert((from + u64::from(age) * 1_000, slot, seq));
     }
 
-    /// Ends a task that is in no list: tells its waiters, frees its key, keeps it for queries.
+    /// Ends a task that is in no list: tells its waiters, frees its key, keeps it for queries. `end` is where the record
+    /// stands that ends it, be it an outcome's or another.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one end")]
     fn finish(
         &mut self,
         slot: u32,
         state: State,
         (position, record_bytes): (Lsn, u32),
+        end: Lsn,
         code: Code,
         durable: Durable<'_>,
         effects: &mut Effects,
@@ -394,21 +402,22 @@ impl Shard {
         if key != NIL {
             self.leave_key(slot, state);
         }
+        self.tasks[slot].set_ended_ms(self.now.logged_ms);
+        self.note_end(slot, end);
         self.keep_finished(slot);
     }
 
-    /// Keeps a finished task for queries; the oldest of them goes where there are enough.
+    /// Keeps a finished task for queries, and for history if that does not have it.
     pub(crate) fn keep_finished(&mut self, slot: u32) {
         let mut finished = self.finished;
         self.tasks.push_back(&mut finished, slot);
         self.finished = finished;
         let task = &self.tasks[slot];
         self.finished_bytes += u64::from(task.record_bytes() + task.outcome_bytes());
-        while self.finished.count > self.options.finished_max
-            || self.finished_bytes > self.options.finished_bytes_max
-        {
-            self.forget(self.finished.head);
+        if self.tasks[slot].has(FLAG_UNSAVED) {
+            self.count_unsaved(slot);
         }
+        self.trim_finished();
     }
 
     fn drop_own_age(&mut self, slot: u32) {
@@ -541,8 +550,8 @@ impl Shard {
         self.segments[(segment - self.first_segment) as usize] -= 1;
     }
 
-    /// What follows a commit: segments at the front that nothing refers to are dead.
-    fn after_commit(&mut self) {
+    /// What follows when something is not needed any more: segments at the front that nothing refers to are dead.
+    pub(crate) fn after_commit(&mut self) {
         while self.segments.len() > 1
             && self.segments[0] == 0
             && self.first_segment < self.config_segment

@@ -8,6 +8,7 @@ mod commit;
 mod complete;
 mod configure;
 mod credits;
+pub(crate) mod history;
 mod invoke;
 mod query;
 mod rebuild;

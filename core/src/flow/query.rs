@@ -6,7 +6,7 @@ use crate::{
     error::Code,
     event::{Control, Effects, Filter, Inbox, Query, Reply, Target, TaskView},
     flow::admit::name_hash,
-    id::{ConnectionId, Lsn, TenantId},
+    id::{ConnectionId, Lsn, RequestId, TenantId},
     limits::{STOP_GRACE, STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     planted::{Bug, planted},
     record::{BatchSpace, record_bytes},
@@ -18,9 +18,10 @@ use crate::{
 
 /// Callers that may wait for one task.
 const WAITERS_PER_TASK: usize = 64;
-/// Rows of one page, and slots looked at for them in one step.
+/// Rows of one answer to a list; pages of the table that are looked at for them in one step, and passed over.
 const PAGE_ROWS_MAX: u32 = 1_000;
-const PAGE_SLOTS_MAX: u32 = 16_384;
+const PAGES_LOOKED_MAX: u32 = 16;
+const PAGES_PASSED_MAX: u32 = 16_384;
 
 impl Shard {
     pub(crate) fn control(
@@ -124,6 +125,12 @@ impl Shard {
                 return self.append_change(version, change, space);
             }
             Control::Applied { version, .. } => self.change_reported(version),
+            Control::History {
+                saved,
+                again,
+                rows_max,
+                bytes_max,
+            } => self.hand_to_history(saved, again, rows_max, bytes_max, effects),
             Control::Credits { from, words } => self.hear_credits(from, &words),
         }
         None
@@ -138,10 +145,6 @@ impl Shard {
         space: &mut BatchSpace<'_>,
         effects: &mut Effects,
     ) {
-        let not_found = Reply::Refused {
-            code: Code::NotFound,
-            what: "there is no such task, or it is no longer kept",
-        };
         let reply = match query {
             Query::Stats => Reply::Stats {
                 counters: Box::new(self.counters()),
@@ -151,7 +154,7 @@ impl Shard {
                 Some(slot) => Reply::Task {
                     view: self.view(slot),
                 },
-                None => not_found,
+                None => self.not_held(&target),
             },
             Query::Wait { target } => match self.locate(tenant, &target) {
                 Some(slot) if self.tasks[slot].state().terminal() => Reply::Task {
@@ -161,14 +164,16 @@ impl Shard {
                     Some(refused) => refused,
                     None => return,
                 },
-                None => not_found,
+                None => self.not_held(&target),
             },
             Query::Stop { grace_ms, .. } if grace_ms > STOP_GRACE_MS_MAX => Reply::Refused {
                 code: Code::InvalidArgument,
                 what: STOP_GRACE,
             },
             Query::Stop { target, grace_ms } => match self.locate(tenant, &target) {
-                Some(slot) if self.tasks[slot].has(FLAG_BUSY) => {
+                Some(slot)
+                    if self.tasks[slot].has(FLAG_BUSY) && !self.tasks[slot].state().terminal() =>
+                {
                     // What is on its way to the disk decides; asked again when it is there.
                     self.deferred.push_back(Control::Query {
                         connection,
@@ -196,7 +201,7 @@ impl Shard {
                         what: "the task has ended or is being stopped",
                     },
                 },
-                None => not_found,
+                None => self.not_held(&target),
             },
         };
         effects
@@ -230,31 +235,34 @@ impl Shard {
         None
     }
 
-    /// The task that a caller names, if it is the caller's.
-    fn locate(&self, tenant: TenantId, target: &Target) -> Option<u32> {
-        let request = match target {
-            Target::Request(request) => *request,
+    fn not_held(&self, target: &Target) -> Reply {
+        let request = self.identify(target);
+        Reply::NotHeld { request }
+    }
+
+    fn identify(&self, target: &Target) -> Option<RequestId> {
+        match target {
+            Target::Request(request) => Some(*request),
             Target::Given {
                 function,
                 key,
                 task_id,
             } => {
-                self.names
-                    .get(name_hash(
-                        self.options.seed,
-                        *function,
-                        key.as_bytes(),
-                        task_id.as_bytes(),
-                    ))?
-                    .request
+                let (key, task_id) = (key.as_bytes(), task_id.as_bytes());
+                let name = name_hash(self.options.seed, *function, key, task_id);
+                self.names.get(name).map(|name| name.request)
             }
-        };
+        }
+    }
+
+    /// The task that a caller names, if it is the caller's.
+    fn locate(&self, tenant: TenantId, target: &Target) -> Option<u32> {
         self.tasks
-            .find(request)
+            .find(self.identify(target)?)
             .filter(|&slot| self.tenant_of(slot) == tenant || planted(Bug::OtherTenantShown))
     }
 
-    fn view(&self, slot: u32) -> TaskView {
+    pub(crate) fn view(&self, slot: u32) -> TaskView {
         let task = &self.tasks[slot];
         let state = task.state();
         let binding = match state {
@@ -281,6 +289,7 @@ impl Shard {
             } else {
                 0
             },
+            ended_ms: if state.terminal() { task.ended_ms() } else { 0 },
             executor: binding.map_or(0, |binding| binding.executor),
             record: (task.position, task.record_bytes()),
             outcome: if state.terminal() {
@@ -291,27 +300,53 @@ impl Shard {
         }
     }
 
+    /// The last tasks in order that a filter lets through, of a bounded part of the table. Whoever asks goes on with the
+    /// pages that are left, and with what it has found as the new bound.
     fn list(&self, tenant: TenantId, filter: &Filter) -> Reply {
         let limit = filter.limit.clamp(1, PAGE_ROWS_MAX) as usize;
-        let mut views = Vec::new();
-        let mut slot = filter.cursor;
-        let end = slot.saturating_add(PAGE_SLOTS_MAX).min(self.tasks.used());
-        while slot < end && views.len() < limit {
-            if let Some(task) = self.tasks.get(slot) {
-                let wanted = self.tenant_of(slot) == tenant
+        let mut found: Vec<(u128, u32)> = Vec::new();
+        let mut after = filter.after;
+        let mut pages = filter.pages.min(self.tasks.pages());
+        let (mut looked, mut passed) = (0, 0);
+        while pages > 0 && looked < PAGES_LOOKED_MAX && passed < PAGES_PASSED_MAX {
+            pages -= 1;
+            passed += 1;
+            let span = self.tasks.span(pages);
+            let end = RequestId::order_at(span.accepted_ms_max.saturating_add(1));
+            if span.live == 0
+                || end <= after
+                || RequestId::order_at(span.accepted_ms_min) >= filter.before
+            {
+                continue;
+            }
+            looked += 1;
+            let first = pages * TASKS_PER_PAGE as u32;
+            for slot in first..first + TASKS_PER_PAGE as u32 {
+                let Some(task) = self.tasks.get(slot) else {
+                    continue;
+                };
+                let order = task.request(slot).order();
+                let wanted = order > after
+                    && order < filter.before
                     && filter.state.is_none_or(|state| state == task.state())
                     && filter
                         .function
-                        .is_none_or(|function| function == task.function);
+                        .is_none_or(|function| function == task.function)
+                    && self.tenant_of(slot) == tenant;
                 if wanted {
-                    views.push(self.view(slot));
+                    found.push((order, slot));
                 }
             }
-            slot += 1;
+            if found.len() > limit {
+                found.sort_unstable_by(|a, b| b.cmp(a));
+                found.truncate(limit);
+                after = found[limit - 1].0;
+            }
         }
+        found.sort_unstable_by(|a, b| b.cmp(a));
         Reply::Page {
-            views,
-            cursor: if slot < self.tasks.used() { slot } else { 0 },
+            views: found.into_iter().map(|(_, slot)| self.view(slot)).collect(),
+            pages,
         }
     }
 
@@ -330,7 +365,8 @@ impl Shard {
         let wishes = self.wishes.drain(..);
         waiting.extend(wishes.map(|(connection, ticket, _)| (connection, ticket, wish)));
         for slot in 0..self.tasks.used() {
-            let mut at = self.tasks.get(slot).map_or(NIL, |task| task.waiter);
+            let task = self.tasks.get(slot).filter(|task| !task.state().terminal());
+            let mut at = task.map_or(NIL, |task| task.waiter);
             while at != NIL {
                 let waiter = self.waiters[at];
                 if waiter.index == u32::MAX {

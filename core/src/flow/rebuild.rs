@@ -15,15 +15,16 @@ use crate::{
 };
 
 impl Shard {
-    /// The log has been read: the shard is ready to step. Leases that it found start again with a full term.
-    pub fn start(&mut self, now: Now) {
+    /// The log has been read: the shard is ready to step. Leases that it found start again with a full term. Everything
+    /// that ended before `saved` is in history.
+    pub fn start(&mut self, now: Now, saved: Lsn) {
         assert!(self.replaying, "a shard starts once");
         self.now = Now {
             mono_ns: now.mono_ns,
             logged_ms: now.logged_ms.max(self.now.logged_ms),
         };
         let (mut unfinished, finished) = self.sort_out();
-        self.keep_newest(finished);
+        self.keep_newest(finished, saved);
         if !planted(Bug::OrderLostInMove) {
             unfinished.sort_unstable_by_key(|&slot| self.tasks[slot].seq());
         }
@@ -31,6 +32,7 @@ impl Shard {
         self.put_in_place(&unfinished);
         self.drop_empty_keys();
         self.count_names();
+        self.start_history(saved, self.replayed.behind);
         self.replaying = false;
         self.tasks.rebuild_free();
         self.counters = Counters {
@@ -53,9 +55,27 @@ impl Shard {
         slots.partition(|&slot| !self.tasks[slot].state().terminal())
     }
 
-    /// Keeps the tasks that ended last; those whose records are gone from the log were forgotten before the restart.
-    fn keep_newest(&mut self, mut finished: Vec<u32>) {
-        finished.sort_unstable_by_key(|&slot| self.tasks[slot].holder);
+    /// Keeps the tasks that ended last, in front those that history has; those whose records are gone from the log were
+    /// forgotten before the restart.
+    fn keep_newest(&mut self, mut finished: Vec<u32>, saved: Lsn) {
+        let has_history = self.has_history();
+        for &slot in &finished {
+            let task = &mut self.tasks[slot];
+            let end = Lsn(task.at);
+            if !has_history || end.0 != 0 && end < saved {
+                task.clear(FLAG_UNSAVED);
+            } else if saved == Lsn(0) {
+                // A snapshot may speak of a history that was taken away.
+                task.set(FLAG_UNSAVED);
+            }
+            if task.outcome_bytes() == 0 {
+                task.at = 0;
+            }
+        }
+        finished.sort_unstable_by_key(|&slot| {
+            let task = &self.tasks[slot];
+            (task.has(FLAG_UNSAVED), task.holder)
+        });
         for slot in finished {
             let task = &mut self.tasks[slot];
             task.holder = NIL;

@@ -26,6 +26,8 @@ pub(crate) struct Replayed {
     pub(crate) ended: u32,
     /// As of which places of the log the loaded pieces of the task table were taken.
     pub(crate) captured: Vec<Lsn>,
+    /// Everything that was found stands before this place of the log.
+    pub(crate) behind: Lsn,
     /// Names have come behind some that were accepted later.
     pub(crate) names_moved: bool,
 }
@@ -37,6 +39,7 @@ impl Shard {
         let unreadable = Unreadable { schema };
         let record_bytes = (RECORD_HEADER_BYTES + body.len()) as u32;
         self.see_segment(self.segment_of(position));
+        self.replayed.behind = Lsn(position.0 + 1);
         let at_ms = match read(schema, body)? {
             Record::Task(task) => {
                 let accepted = self.accepted_of(task, position, record_bytes);
@@ -72,7 +75,8 @@ impl Shard {
                     && let Some(slot) = self.tasks.find(request)
                 {
                     if state.terminal() {
-                        self.found_end(slot, state, (Lsn(0), 0));
+                        let ended_ms = moved.at_ms.to_native();
+                        self.found_end(slot, state, (position, 0), ended_ms);
                     } else {
                         self.tasks[slot].set_state(state);
                     }
@@ -253,7 +257,7 @@ impl Shard {
             self.tasks[slot].at = outcome.due_ms.to_native();
         } else {
             let key = self.tasks[slot].key;
-            self.found_end(slot, state, place);
+            self.found_end(slot, state, place, outcome.at_ms.to_native());
             if key != NIL && outcome.holds_key == 1 {
                 let lane = &self.lanes[self.tasks[slot].function.0 as usize];
                 // A function whose record was moved forward is not known yet.
@@ -262,7 +266,14 @@ impl Shard {
         }
     }
 
-    fn found_end(&mut self, slot: u32, state: State, (position, record_bytes): (Lsn, u32)) {
+    /// A task has ended by the record at `position`, which is that of an outcome if that has a length.
+    fn found_end(
+        &mut self,
+        slot: u32,
+        state: State,
+        (position, record_bytes): (Lsn, u32),
+        ended_ms: u64,
+    ) {
         let task = &mut self.tasks[slot];
         task.set_state(state);
         task.at = position.0;
@@ -271,6 +282,8 @@ impl Shard {
         self.replayed.ended += 1;
         task.holder = self.replayed.ended;
         task.key = NIL;
+        task.set_ended_ms(ended_ms);
+        task.set(FLAG_UNSAVED);
     }
 
     /// A moved record. Where the task's earlier records are in the log too, only its place is new; where they are gone,
@@ -313,8 +326,21 @@ impl Shard {
             let task = &mut self.tasks[slot];
             task.attempt = attempt;
             let key = task.key;
-            let outcome = Lsn(record.outcome.to_native());
-            self.found_end(slot, state, (outcome, record.outcome_bytes.to_native()));
+            // One that was moved by a version that did not say has ended by then.
+            let ended_ms = match record.due_ms.to_native() {
+                0 => record.at_ms.to_native(),
+                ended_ms => ended_ms,
+            };
+            let end = match Lsn(record.outcome.to_native()) {
+                Lsn(0) => accepted.position,
+                outcome => outcome,
+            };
+            self.found_end(
+                slot,
+                state,
+                (end, record.outcome_bytes.to_native()),
+                ended_ms,
+            );
             if record.holds_key == 1 && key != NIL {
                 self.keys[key].held = true;
             }

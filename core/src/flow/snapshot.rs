@@ -109,6 +109,8 @@ const SHOWN_MEMORY: u8 = 2;
 const SHOWN_DELAYED: u8 = 4;
 /// `FLAG_OVERDUE`.
 const SHOWN_OVERDUE: u8 = 8;
+/// Not `FLAG_UNSAVED`: it has ended, and history has it.
+const SHOWN_SAVED: u8 = 16;
 const SHOWN: [(u8, u16); 4] = [
     (SHOWN_META, FLAG_META),
     (SHOWN_MEMORY, FLAG_MEMORY),
@@ -219,12 +221,17 @@ impl Shard {
             _ => 0,
         };
         let key = match task.key {
+            // Such a task has no key any more.
+            NIL if state.terminal() => u128::from(task.ended_ms()),
             NIL => 0,
             key => self.keys[key].hash,
         };
         let request = task.request(slot);
         let shown = SHOWN.iter().filter(|(_, flag)| task.has(*flag));
-        let shown = shown.fold(0, |all, (bit, _)| all | bit);
+        let mut shown = shown.fold(0, |all, (bit, _)| all | bit);
+        if state.terminal() && self.has_history() && !task.has(FLAG_UNSAVED) {
+            shown |= SHOWN_SAVED;
+        }
         bytes.extend(slot.to_le_bytes());
         bytes.extend(task.function.0.to_le_bytes());
         bytes.extend(request.seq().to_le_bytes());
@@ -442,7 +449,12 @@ impl Shard {
             for (_, flag) in SHOWN.iter().filter(|(bit, _)| shown & bit != 0) {
                 task.set(*flag);
             }
-            if key != 0 && !state.terminal() {
+            if state.terminal() {
+                task.set_ended_ms(u64::try_from(key).map_err(|_| Unloadable)?);
+                if shown & SHOWN_SAVED == 0 {
+                    task.set(FLAG_UNSAVED);
+                }
+            } else if key != 0 {
                 task.key = self.load_key(function, key)?;
                 if leased && !heads.insert(key) {
                     return Err(Unloadable);
@@ -458,6 +470,7 @@ impl Shard {
             self.tasks.insert(slot, task);
         }
         self.replayed.captured.push(position);
+        self.replayed.behind = self.replayed.behind.max(position);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use alloc::{boxed::Box, vec::Vec};
 use crate::{
     id::{CellId, FunctionId, Lsn, RequestId, SlotIndex, Token},
     state::State,
+    table::paged::PagedVec,
 };
 
 /// No task, no holder, no waiter, no key.
@@ -40,6 +41,9 @@ pub const FLAG_RELEASED: u16 = 512;
 /// It fails, and its failure holds its ordering key.
 pub const FLAG_HOLDS_KEY: u16 = 1024;
 
+/// It has ended, and history does not have it yet.
+pub const FLAG_UNSAVED: u16 = 2048;
+
 /// One task. Owned by its shard; found by slot, verified by the rest of the request id.
 #[derive(Clone, Copy, Debug)]
 pub struct Task {
@@ -60,7 +64,7 @@ pub struct Task {
     pub prev: u32,
     /// Waiting: its bytes in the blob pool. Running: the binding that runs it.
     pub holder: u32,
-    /// First of the callers waiting for its end.
+    /// First of the callers waiting for its end. Finished: see [`Task::ended_ms`].
     pub waiter: u32,
     /// Its ordering key's entry.
     pub key: u32,
@@ -73,6 +77,9 @@ pub struct Task {
     /// Cost in the round robin. Finished: the length of its outcome's record, in the same units as `record_units`.
     pub cost: u16,
 }
+
+/// Says that a finished task's time counts seconds.
+const SECONDS: u32 = 1 << 31;
 
 const _: () = assert!(size_of::<Task>() == 64);
 const _: () =
@@ -201,6 +208,22 @@ impl Task {
         }
     }
 
+    /// Logged time of a finished task's end: exact within 24 days of its acceptance, to the second after that.
+    pub fn ended_ms(&self) -> u64 {
+        let after = u64::from(self.waiter & !SECONDS);
+        let unit = if self.waiter & SECONDS != 0 { 1_000 } else { 1 };
+        self.accepted_ms() + after * unit
+    }
+
+    /// Notes when it ended.
+    pub fn set_ended_ms(&mut self, ended_ms: u64) {
+        let after = ended_ms.saturating_sub(self.accepted_ms());
+        self.waiter = match u32::try_from(after) {
+            Ok(after) if after < SECONDS => after,
+            Ok(_) | Err(_) => (after / 1_000).min(u64::from(!SECONDS)) as u32 | SECONDS,
+        };
+    }
+
     /// Notes the length of a finished task's outcome record.
     pub fn set_outcome_bytes(&mut self, bytes: u32) {
         self.cost = bytes.div_ceil(RECORD_UNIT_BYTES) as u16;
@@ -233,6 +256,8 @@ impl Default for List {
 #[derive(Debug)]
 pub struct TaskTable {
     pages: Vec<Box<[Task]>>,
+    /// What the tasks of each page have in common.
+    spans: PagedVec<Span>,
     free: u32,
     used: u32,
     live: u32,
@@ -242,11 +267,23 @@ impl Default for TaskTable {
     fn default() -> TaskTable {
         TaskTable {
             pages: Vec::new(),
+            spans: PagedVec::default(),
             free: NIL,
             used: 0,
             live: 0,
         }
     }
+}
+
+/// When the tasks of a page were accepted: nothing in it is older or younger, though there may be no such task any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Span {
+    /// Tasks of the page.
+    pub live: u32,
+    /// Logged time of acceptance, at least.
+    pub accepted_ms_min: u64,
+    /// The same, at most.
+    pub accepted_ms_max: u64,
 }
 
 /// What stands in a slot without a task: state 0, which no task has.
@@ -271,6 +308,16 @@ impl TaskTable {
     /// Tasks in the table.
     pub fn live(&self) -> u32 {
         self.live
+    }
+
+    /// What is known of each page of [`TASKS_PER_PAGE`] slots.
+    pub fn span(&self, page: u32) -> Span {
+        self.spans[page as usize]
+    }
+
+    /// Pages.
+    pub fn pages(&self) -> u32 {
+        self.pages.len() as u32
     }
 
     /// One past the highest slot ever used.
@@ -301,6 +348,7 @@ impl TaskTable {
         while self.pages.len() * TASKS_PER_PAGE < used as usize {
             self.pages
                 .push(alloc::vec![EMPTY; TASKS_PER_PAGE].into_boxed_slice());
+            self.spans.push(Span::default());
         }
         self.used = self.used.max(used);
     }
@@ -327,6 +375,19 @@ impl TaskTable {
         assert!(entry.word == 0, "a slot holds one task");
         *entry = task;
         self.live += 1;
+        let accepted_ms = task.accepted_ms();
+        let span = &mut self.spans[slot as usize / TASKS_PER_PAGE];
+        *span = Span {
+            live: span.live + 1,
+            accepted_ms_min: match span.live {
+                0 => accepted_ms,
+                _ => span.accepted_ms_min.min(accepted_ms),
+            },
+            accepted_ms_max: match span.live {
+                0 => accepted_ms,
+                _ => span.accepted_ms_max.max(accepted_ms),
+            },
+        };
     }
 
     /// Empties a slot and frees it.
@@ -340,6 +401,7 @@ impl TaskTable {
         };
         self.free = slot;
         self.live -= 1;
+        self.spans[slot as usize / TASKS_PER_PAGE].live -= 1;
     }
 
     /// Chains every empty slot again, lowest first. A replay fills and empties slots in any order and ends with this.
@@ -464,6 +526,40 @@ mod tests {
         }
         assert_eq!(task.request(5).seq(), RequestId::SEQ_MAX);
         assert_eq!(task.record_bytes(), 1_024);
+    }
+
+    #[test]
+    fn the_time_of_an_end_is_kept_over_a_year() {
+        let mut task = task(1, 5);
+        for (after, kept) in [
+            (0, 0),
+            (1_234_567, 1_234_567),
+            (31_622_400_999, 31_622_400_000),
+        ] {
+            task.set_ended_ms(task.accepted_ms() + after);
+            assert_eq!(task.ended_ms() - task.accepted_ms(), kept);
+        }
+    }
+
+    #[test]
+    fn a_page_knows_when_its_tasks_were_accepted() {
+        let mut table = TaskTable::default();
+        for (slot, ms) in [(0, 20), (1, 10), (1025, 30)] {
+            let request = RequestId::new(CellId(0), ms, 1, SlotIndex(slot));
+            table.insert(slot, Task::new(request, FunctionId(0), Lsn(0), 32));
+        }
+        let span = |table: &TaskTable, page: u32| {
+            let span = table.span(page);
+            (span.live, span.accepted_ms_min, span.accepted_ms_max)
+        };
+        assert_eq!(span(&table, 0), (2, 10, 20));
+        assert_eq!(span(&table, 1), (1, 30, 30));
+        table.remove(0);
+        table.remove(1);
+        assert_eq!(span(&table, 0).0, 0);
+        let request = RequestId::new(CellId(0), 50, 2, SlotIndex(1));
+        table.insert(1, Task::new(request, FunctionId(0), Lsn(0), 32));
+        assert_eq!(span(&table, 0), (1, 50, 50), "an empty page forgets");
     }
 
     #[test]

@@ -39,6 +39,10 @@ pub struct Rig {
     pub times: Vec<(Part, u64)>,
     /// What executors say of how long attempts ran.
     pub run_us: u32,
+    /// Everything that ended before this position is in history.
+    pub history_saved: Lsn,
+    /// What history was handed last.
+    pub ended: Option<EndedBatch>,
     /// What other shards are to be told.
     pub sent: Vec<(ShardId, Control)>,
     ticket: u64,
@@ -51,7 +55,7 @@ impl Rig {
             mono_ns: 1,
             logged_ms: 1_000_000,
         };
-        shard.start(now);
+        shard.start(now, Lsn(0));
         Rig {
             shard,
             options,
@@ -69,6 +73,8 @@ impl Rig {
             out: EdgeBatch::default(),
             times: Vec::new(),
             run_us: 0,
+            history_saved: Lsn(0),
+            ended: None,
             sent: Vec::new(),
             ticket: 0,
         }
@@ -121,6 +127,9 @@ impl Rig {
             self.out.absorb(edge);
         }
         self.sent.append(&mut effects.shards);
+        if let Some(batch) = effects.history.take() {
+            self.ended = Some(batch);
+        }
         if effects.urgency != Urgency::Nothing && self.in_flight.is_none() {
             let bytes = self.open[..self.len].to_vec();
             self.in_flight = Some((self.base, bytes));
@@ -202,7 +211,7 @@ impl Rig {
                 at = (at + RECORD_HEADER_BYTES + bytes).next_multiple_of(RECORD_ALIGN);
             }
         }
-        shard.start(self.now);
+        shard.start(self.now, self.history_saved);
         shard.audit();
         self.shard = shard;
         self.in_flight = None;

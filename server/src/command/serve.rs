@@ -95,6 +95,10 @@ fn serve(config: &Config) -> Result<(), String> {
         space_bytes_min: config.space_bytes_min.value,
         finished_max: config.finished_max.value,
         finished_bytes_max: config.finished_bytes_max.value,
+        history_retention: Duration::from_secs(config.history_retention_s.value),
+        history_bytes_max: config.history_bytes_max.value,
+        history_lag_max: config.history_lag_max.value,
+        history_defer_max: config.history_defer_max.value,
         lease: Duration::from_millis(config.lease_ms.value),
     };
     let mut signals = Signals::catch().map_err(|error| error.to_string())?;

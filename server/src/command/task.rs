@@ -42,7 +42,7 @@ enum TaskCommand {
     Get(OneArgs),
     /// Wait until a task has ended; prints its result
     Wait(WaitArgs),
-    /// List tasks
+    /// List tasks, the last one accepted first
     #[command(alias = "ls")]
     List(ListArgs),
     /// Stop a task; prints where it stands then
@@ -154,6 +154,18 @@ struct ListArgs {
     /// Only tasks of this function
     #[arg(long, value_name = "NAME")]
     function: Option<String>,
+    /// Only tasks whose given name begins like this
+    #[arg(long, value_name = "TEXT")]
+    prefix: Option<String>,
+    /// Only tasks with this tag
+    #[arg(long, value_name = "TAG")]
+    tag: Option<String>,
+    /// Only tasks accepted then or later: 2026-01-31T12:00:00Z, or milliseconds since 1970
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment)]
+    since: Option<SystemTime>,
+    /// Only tasks accepted before then
+    #[arg(long, value_name = "MOMENT", value_parser = parse_moment)]
+    until: Option<SystemTime>,
     /// Tasks on a page
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     limit: u32,
@@ -402,6 +414,17 @@ async fn list(args: &ListArgs, config: &Config) -> Result<Exit, Failure> {
     }
     if let Some(function) = &args.function {
         body.insert("function".into(), function.clone().into());
+    }
+    for (name, text) in [("prefix", &args.prefix), ("tag", &args.tag)] {
+        if let Some(text) = text {
+            body.insert(name.into(), text.clone().into());
+        }
+    }
+    for (name, moment) in [("since_ms", args.since), ("until_ms", args.until)] {
+        let since = moment.and_then(|moment| moment.duration_since(SystemTime::UNIX_EPOCH).ok());
+        if let Some(since) = since {
+            body.insert(name.into(), (since.as_millis() as u64).into());
+        }
     }
     if let Some(cursor) = &args.cursor {
         body.insert("cursor".into(), cursor.clone().into());

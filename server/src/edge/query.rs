@@ -1,20 +1,22 @@
 //! The rare frames: waits and stops, and the queries with a JSON body. Each is answered by a task of its own, so that
 //! none holds up the frames behind it.
 
-use std::{rc::Rc, time::Duration};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use pelton_core::{
     config::{FunctionConfig, OnFailure, TenantConfig, Wish},
     error::Code,
-    event::{Filter, Query as TaskQuery, Reply, Target},
-    id::{FunctionId, RequestId, ShardId, TaskName, TenantId},
+    event::{Query as TaskQuery, Reply, Target},
+    id::{FunctionId, RequestId, TaskName, TenantId},
     limits::{CELL_COUNT, STOP_GRACE, STOP_GRACE_MS_DEFAULT, STOP_GRACE_MS_MAX},
     state::State,
 };
 use pelton_engine::{
     Quarantine,
+    history::HistoryStats,
     info::{InfoReply, TaskInfo, sum},
+    listing::{ListFilter, Listing},
     stats::{ShardStats, Stage},
 };
 use pelton_net::{
@@ -37,8 +39,10 @@ use crate::{
 /// Rows of a page where the caller does not say.
 const PAGE_ROWS: u32 = 100;
 const PAGE_ROWS_MAX: u32 = 1_000;
-/// Times that shards are asked for one page: with a prefix, a page may be short and have a cursor all the same.
-const LOOKS_MAX: u32 = 512;
+/// Parts of one page: with a prefix or a tag a part may be short, and after so many of them the page is as it is.
+const LISTINGS_MAX: u32 = 32;
+/// Digits of a cursor.
+const CURSOR_DIGITS: usize = 32;
 
 /// What any wait gets, so that the shard's answer about a terminal task arrives within it.
 const WAIT_MIN: Duration = Duration::from_millis(100);
@@ -104,9 +108,14 @@ impl Session {
         let answered = match target {
             Err(refusal) => Err(refusal),
             Ok(target) => {
+                let named = target.clone();
                 let time = Duration::from_millis(u64::from(wait.timeout_ms)).max(WAIT_MIN);
                 let question = self.question(hub, target, |target| TaskQuery::Wait { target });
                 match tokio::time::timeout(time, question).await {
+                    Ok(Ok(Answered::Info(InfoReply::NotHeld { request }))) => self
+                        .get_from_history(hub, named, request)
+                        .await
+                        .map(|task| Answered::Info(InfoReply::Task(task))),
                     Ok(answered) => answered,
                     Err(_) => Err((
                         Code::DeadlineExceeded,
@@ -200,7 +209,14 @@ impl Session {
 
     async fn stop_one(&self, hub: &Hub, target: Target, grace_ms: u32) -> Result<State, Refusal> {
         let question = |target| TaskQuery::Stop { target, grace_ms };
-        match self.question(hub, target, question).await? {
+        match self.question(hub, target.clone(), question).await? {
+            Answered::Info(InfoReply::NotHeld { request }) => {
+                self.get_from_history(hub, target, request).await?;
+                Err((
+                    Code::FailedPrecondition,
+                    "the task has ended or is being stopped".to_owned(),
+                ))
+            }
             Answered::Reply(Reply::Done { state: Some(state) }) => Ok(state),
             Answered::Reply(Reply::Refused { code, what }) => Err((code, what.to_owned())),
             Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => Err((
@@ -468,8 +484,11 @@ impl Session {
 
     async fn get(&self, hub: &Hub, target: Target) -> Result<Box<TaskInfo>, Refusal> {
         let question = |target| TaskQuery::Get { target };
-        match self.question(hub, target, question).await? {
+        match self.question(hub, target.clone(), question).await? {
             Answered::Info(InfoReply::Task(task)) => Ok(task),
+            Answered::Info(InfoReply::NotHeld { request }) => {
+                self.get_from_history(hub, target, request).await
+            }
             Answered::Reply(Reply::Refused { code, what }) => Err((code, what.to_owned())),
             Answered::Reply(_) | Answered::Info(_) | Answered::Finished { .. } => Err((
                 Code::Internal,
@@ -478,10 +497,39 @@ impl Session {
         }
     }
 
-    /// A page of tasks. The cursor names the shard and the place in it, so that it is stable under inserts.
+    /// A task that its shard does not hold any more. `request` is its identity, as far as the shard knows that.
+    async fn get_from_history(
+        &self,
+        hub: &Hub,
+        target: Target,
+        request: Option<RequestId>,
+    ) -> Result<Box<TaskInfo>, Refusal> {
+        let none = || (Code::NotFound, NO_TASK.to_owned());
+        let tenant = hub.edge.with_routes(|routes| routes.tenant(&self.tenant));
+        let tenant = tenant.ok_or_else(none)?;
+        let history = Arc::clone(hub.edge.history().ok_or_else(none)?);
+        let found = read_history(move || match (target, request) {
+            (_, Some(request)) | (Target::Request(request), None) => history.get(tenant, request),
+            (
+                Target::Given {
+                    function,
+                    key,
+                    task_id,
+                },
+                None,
+            ) => history.find(tenant, function, &key, &task_id),
+        });
+        found.await?.map(Box::new).ok_or_else(none)
+    }
+
+    /// A page of tasks, the last one accepted first. The cursor is the order of the last one looked at, so that it is
+    /// stable whatever happens between two pages.
     async fn list(&self, hub: &Hub, fields: &Fields) -> Result<Value, Refusal> {
-        fields.only(&["status", "function", "prefix", "cursor", "limit"])?;
-        let prefix = fields.optional("prefix")?.unwrap_or("");
+        fields.only(&[
+            "status", "function", "prefix", "tag", "since_ms", "until_ms", "cursor", "limit",
+        ])?;
+        let text = |name| Ok::<_, Refusal>(fields.optional(name)?.unwrap_or("").to_owned());
+        let (prefix, tag) = (text("prefix")?, text("tag")?);
         let state = match fields.optional("status")? {
             None => None,
             Some(name) => Some(State::from_name(name).ok_or_else(|| {
@@ -501,59 +549,77 @@ impl Session {
         if limit == 0 || limit > PAGE_ROWS_MAX {
             return Err(invalid("limit is from 1 to 1000"));
         }
-        let (mut shard, mut cursor) = match fields.optional("cursor")? {
-            None => (0, 0),
-            Some(text) => text
-                .split_once('-')
-                .and_then(|(shard, cursor)| Some((shard.parse().ok()?, cursor.parse().ok()?)))
-                .filter(|&(shard, _): &(u16, u32)| shard < hub.edge.shard_count())
-                .ok_or_else(|| invalid("cursor is what the page before answered"))?,
+        let cursor = match fields.optional("cursor")? {
+            None => None,
+            Some(text) => Some(
+                u128::from_str_radix(text, 16)
+                    .ok()
+                    .filter(|_| text.len() == CURSOR_DIGITS)
+                    .ok_or_else(|| invalid("cursor is what the page before answered"))?,
+            ),
+        };
+        let mut filter = ListFilter {
+            state,
+            function,
+            prefix,
+            tag,
+            since_ms: fields.number("since_ms", 0)?,
+            until_ms: fields.number("until_ms", RequestId::ACCEPTED_MS_MAX)?,
+            cursor,
+            limit,
         };
         let mut tasks = Vec::new();
-        let mut looks = 0;
         let served = hub.edge.served();
-        while shard < hub.edge.shard_count() && (tasks.len() as u32) < limit && looks < LOOKS_MAX {
-            looks += 1;
-            if !served[usize::from(shard)] {
-                // The answer says that its tasks are not in it.
-                (shard, cursor) = (shard + 1, 0);
+        for _ in 0..LISTINGS_MAX {
+            let part = self.list_part(hub, tenant, filter.clone(), &served);
+            let (page, next) = part.await?;
+            tasks.extend(page.iter().map(|task| self.describe(hub, task, false)));
+            filter.cursor = next;
+            filter.limit = limit - tasks.len() as u32;
+            if next.is_none() || filter.limit == 0 {
+                break;
+            }
+        }
+        let next = filter
+            .cursor
+            .map(|cursor| format!("{cursor:0width$x}", width = CURSOR_DIGITS));
+        let mut page = json!({ "tasks": tasks, "cursor": next });
+        let unserved = served.iter().enumerate().filter(|(_, served)| !**served);
+        let unserved: Vec<usize> = unserved.map(|(shard, _)| shard).collect();
+        if !unserved.is_empty() {
+            page["unserved_shards"] = unserved.into();
+        }
+        Ok(page)
+    }
+
+    /// One part of a page; with a prefix or a tag it may be short, and there are others all the same.
+    async fn list_part(
+        &self,
+        hub: &Hub,
+        tenant: TenantId,
+        filter: ListFilter,
+        served: &[bool],
+    ) -> Result<(Vec<TaskInfo>, Option<u128>), Refusal> {
+        let mut listing = Listing::new(filter, hub.edge.shard_count());
+        while let Some((shard, filter)) = listing.question() {
+            if !served[usize::from(shard.0)] {
+                // The answer says that what is in its memory is not in it.
+                listing.on_page(Vec::new(), 0);
                 continue;
             }
-            let filter = Filter {
-                state,
-                function,
-                cursor,
-                limit: limit - tasks.len() as u32,
-            };
-            let answered = hub
-                .query(self.id, tenant, ShardId(shard), TaskQuery::List { filter })
-                .await;
-            match answered {
-                Some(Answered::Info(InfoReply::Page {
-                    tasks: page,
-                    cursor: next,
-                })) => {
-                    let named = page.iter().filter(|task| task.task_id.starts_with(prefix));
-                    tasks.extend(named.map(|task| self.describe(hub, task, false)));
-                    cursor = next;
+            let question = TaskQuery::List { filter };
+            match hub.query(self.id, tenant, shard, question).await {
+                Some(Answered::Info(InfoReply::Page { tasks, pages })) => {
+                    listing.on_page(tasks, pages);
                 }
                 Some(Answered::Reply(Reply::Refused { code, what })) => {
                     return Err((code, what.to_owned()));
                 }
                 Some(_) | None => return Err((Code::Unavailable, SHARD_GONE.to_owned())),
             }
-            if cursor == 0 {
-                shard += 1;
-            }
         }
-        let next = (shard < hub.edge.shard_count()).then(|| format!("{shard}-{cursor}"));
-        let unserved = served.iter().enumerate().filter(|(_, served)| !**served);
-        let mut page = json!({ "tasks": tasks, "cursor": next });
-        let unserved: Vec<usize> = unserved.map(|(shard, _)| shard).collect();
-        if !unserved.is_empty() {
-            page["unserved_shards"] = unserved.into();
-        }
-        Ok(page)
+        let history = hub.edge.history().cloned();
+        read_history(move || listing.finish(tenant, history.as_deref())).await
     }
 
     fn function_id(&self, hub: &Hub, tenant: TenantId, name: &str) -> Result<FunctionId, Refusal> {
@@ -642,6 +708,7 @@ impl Session {
         Ok(json!({
             "totals": describe_counters(&totals),
             "shards": described,
+            "history": hub.edge.history().map(|history| describe_history(&history.stats())),
             "edge": {
                 "index": hub.edge.id().0,
                 "sessions": sessions.len(),
@@ -649,6 +716,22 @@ impl Session {
             },
         }))
     }
+}
+
+/// Reads the disk on a thread of its own, while the edge goes on.
+async fn read_history<R: Send + 'static, E: std::fmt::Display + Send + 'static>(
+    read: impl FnOnce() -> Result<R, E> + Send + 'static,
+) -> Result<R, Refusal> {
+    let cause = match tokio::task::spawn_blocking(read).await {
+        Ok(Ok(read)) => return Ok(read),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    tracing::error!(cause, "the history cannot be read");
+    Err((
+        Code::Unavailable,
+        "the history cannot be read: see the server's log".to_owned(),
+    ))
 }
 
 fn refusal(code: Code, text: &str) -> Value {
@@ -720,11 +803,28 @@ fn describe_counters(counters: &pelton_core::event::Counters) -> Value {
         "waiting": counters.waiting,
         "running": counters.running,
         "finished": counters.finished,
+        "unsaved": counters.unsaved,
+        "unsaved_bytes": counters.unsaved_bytes,
         "names": counters.names,
         "fetched_bytes": counters.fetched_bytes,
         "live_bytes": counters.live_bytes,
         "relocated": counters.relocated,
         "relocated_bytes": counters.relocated_bytes,
+    })
+}
+
+fn describe_history(stats: &HistoryStats) -> Value {
+    json!({
+        "rows": stats.store.rows,
+        "bytes": stats.store.bytes,
+        "oldest_ms": stats.store.oldest_ms,
+        "lag_bytes": stats.lag_bytes,
+        "written": stats.written,
+        "writes": stats.writes,
+        "read_us": stats.read_us,
+        "write_us": stats.write_us,
+        "damaged": stats.damaged,
+        "failed": stats.failed,
     })
 }
 

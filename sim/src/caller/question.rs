@@ -31,8 +31,8 @@ impl World {
             let filter = Filter {
                 state: (self.random.one_in(2)).then(|| State::ALL[self.random.below(12) as usize]),
                 function: None,
-                cursor: 0,
                 limit: 1 + self.random.below(40) as u32,
+                ..Filter::default()
             };
             let shard = self.random.below(u64::from(self.plan.shards)) as usize;
             self.ask(caller, shard, tenant, None, Query::List { filter });
@@ -125,6 +125,12 @@ impl World {
         if let Some(question) = self.questions.remove(&(connection, ticket)) {
             self.oracle
                 .reply_leaves(question.tenant, question.request, &reply, poisoned)?;
+            if let Reply::NotHeld { request } = &reply {
+                let owner = request.and_then(|request| self.oracle.tasks.get(&request));
+                if owner.is_some_and(|known| known.tenant == question.tenant) {
+                    self.check_not_held(shard, *request)?;
+                }
+            }
             if question.wish && matches!(reply, Reply::Done { .. }) {
                 self.wish_fulfilled()?;
             }
@@ -162,13 +168,13 @@ impl World {
             let target = &mut self.callers[caller];
             target.questions.remove(&ticket);
             target.waits.remove(&ticket);
-            if let Reply::Page { cursor, .. } = reply
-                && cursor != 0
+            if let Reply::Page { pages, .. } = reply
+                && pages != 0
                 && let Some((_, tenant)) = self.tenant_of(caller)
                 && self.up
             {
                 let filter = Filter {
-                    cursor,
+                    pages,
                     limit: PAGE_ROWS,
                     ..Filter::default()
                 };

@@ -6,10 +6,14 @@ use super::{Violation, manifest::Dependency, tree::Tree};
 pub const RULE: &str = "edges";
 
 /// Each crate and what it may import. `pelton-tests` looks at the whole and may import every crate.
-const EDGES: [(&str, &[&str]); 14] = [
+const EDGES: [(&str, &[&str]); 15] = [
     ("pelton-core", &[]),
     ("pelton-storage", &["pelton-core"]),
-    ("pelton-engine", &["pelton-core", "pelton-storage"]),
+    ("pelton-history", &["pelton-core"]),
+    (
+        "pelton-engine",
+        &["pelton-core", "pelton-storage", "pelton-history"],
+    ),
     ("pelton-net", &["pelton-core"]),
     ("pelton-client", &["pelton-core", "pelton-net"]),
     ("pelton-gateway", &["pelton-core", "pelton-engine"]),

@@ -12,8 +12,9 @@ struct Home {
     optional: &'static [&'static str],
 }
 
-const HOMES: [Home; 11] = [
+const HOMES: [Home; 12] = [
     home("glommio", &["pelton-engine"], &["pelton-storage"]),
+    home("redb", &["pelton-history"], &[]),
     home("io-uring", &[], &["pelton-storage"]),
     home("crossbeam", &["pelton-engine"], &[]),
     home("quinn", &["pelton-net", "pelton-client"], &[]),
@@ -31,9 +32,10 @@ const HOMES: [Home; 11] = [
 ];
 
 /// What must build and run without tokio, in its tests too.
-const NO_TOKIO: [&str; 5] = [
+const NO_TOKIO: [&str; 6] = [
     "pelton-core",
     "pelton-storage",
+    "pelton-history",
     "pelton-engine",
     "pelton-sim",
     "pelton-ffi",
