@@ -27,7 +27,7 @@ use pelton_storage::{
 use crate::Input;
 
 /// The snapshot that the tests of the format keep.
-const KEPT: &[u8] = include_bytes!("../../storage/tests/golden/snapshot-v1.bin");
+const KEPT: &[u8] = include_bytes!("../../storage/tests/golden/snapshot-v2.bin");
 const OPTIONS: Options = Options {
     shard: 258,
     log_id: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,

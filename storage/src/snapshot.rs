@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Version of the file's layout and of what the pieces hold.
-pub const SNAPSHOT_VERSION: u16 = 1;
+pub const SNAPSHOT_VERSION: u16 = 2;
 /// Bytes of the header in front of each piece.
 pub const PIECE_HEADER_BYTES: usize = 64;
 /// Snapshots that are kept.

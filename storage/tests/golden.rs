@@ -690,7 +690,7 @@ fn snapshots() -> Samples {
             break;
         }
     }
-    vec![("snapshot-v1", file)]
+    vec![("snapshot-v2", file)]
 }
 
 /// The disk of a shard with this one snapshot.
@@ -924,7 +924,7 @@ fn a_shard_that_loads_the_kept_snapshot_is_the_one_that_read_the_log() {
     });
     let mut kinds = Vec::new();
     let sound = read_pieces(
-        &mut disk(&kept("snapshot-v1")),
+        &mut disk(&kept("snapshot-v2")),
         |begin, kind, place, payload| {
             if kinds.is_empty() {
                 loaded.load_begins(begin.secret, POSITION.0 / OPTIONS.segment_bytes);
@@ -945,7 +945,7 @@ fn a_shard_that_loads_the_kept_snapshot_is_the_one_that_read_the_log() {
 
 #[test]
 fn damage_in_the_kept_snapshot_is_refused_wherever_it_is() {
-    let file = kept("snapshot-v1");
+    let file = kept("snapshot-v2");
     let mut device = disk(&file);
     let name = snapshot_name(NUMBER);
     let mut piece = 0;
@@ -984,7 +984,7 @@ fn load_with(changed: PieceKind, change: impl Fn(&mut Vec<u8>)) -> Result<(), Un
     shard.load_begins(SECRET, POSITION.0 / OPTIONS.segment_bytes);
     let mut loaded = Ok(());
     read_pieces(
-        &mut disk(&kept("snapshot-v1")),
+        &mut disk(&kept("snapshot-v2")),
         |_, kind, position, payload| {
             let mut payload = payload.to_vec();
             if kind == changed {
