@@ -36,6 +36,8 @@ const STARTS_KILLED: u64 = 35;
 const EXECUTORS_KILLED: u64 = 10;
 /// Of a hundred looks at a server in a rare phase, those that end in a kill at once.
 const RARE_PHASES_KILLED: u64 = 50;
+/// About as long a segment is cleaned, in microseconds.
+const CLEANING_US: u64 = 15_000;
 /// For everything to come to rest: what callers wait, and the time to ask after this many tasks a second.
 const REST: Duration = Duration::from_secs(120);
 const ASKED_A_SECOND: u64 = 1_000;
@@ -318,8 +320,14 @@ impl<'a> Run<'a> {
             if enough && start.elapsed() >= moment {
                 return Ok(());
             }
-            let server = self.server.as_ref().expect("it is up during a cycle");
+            let server = self.server.as_mut().expect("it is up during a cycle");
             if enough && server.writes_snapshot() && self.dice.chance(RARE_PHASES_KILLED) {
+                return Ok(());
+            }
+            if server.begins_segment() && enough && self.dice.chance(RARE_PHASES_KILLED) {
+                // The oldest segment is cleaned now, for a moment.
+                let moment = Duration::from_micros(self.dice.below(CLEANING_US));
+                std::thread::sleep(moment);
                 return Ok(());
             }
             if executor_dies.is_some_and(|at| start.elapsed() >= at) {
@@ -589,13 +597,12 @@ impl Report {
             ("seed".to_owned(), self.seed),
             ("cycles".to_owned(), self.cycles),
         ];
-        // A phase that this binary was never met in has no row.
         let what = if self.writes.is_some() {
             "cuts"
         } else {
             "kills"
         };
-        for (phase, &count) in &verdict.kills {
+        for (phase, count) in verdict.kills() {
             rows.push((format!("{what}, {}", phase.name()), count));
         }
         if let Some(writes) = self.writes {
@@ -644,9 +651,9 @@ impl Report {
 
     fn json(&self) -> Value {
         let verdict = &self.verdict;
-        let kills = verdict.kills.iter();
-        let kills: serde_json::Map<String, Value> = kills
-            .map(|(phase, &count)| (phase.name().to_owned(), count.into()))
+        let kills: serde_json::Map<String, Value> = verdict
+            .kills()
+            .map(|(phase, count)| (phase.name().to_owned(), count.into()))
             .collect();
         let violations: Vec<Value> = verdict
             .violations

@@ -12,7 +12,7 @@ use std::{
 
 use pelton_core::record::Schema;
 use pelton_storage::{
-    format::{BLOCK_BYTES, BatchHeader, SEGMENT_DATA_OFFSET, SegmentHeader},
+    format::{BATCH_HEADER_BYTES, BLOCK_BYTES, BatchHeader, SEGMENT_DATA_OFFSET, SegmentHeader},
     recover::records,
 };
 use serde_json::Value;
@@ -25,6 +25,9 @@ const LEASE_MS: u32 = 1_000;
 const HEARTBEAT_MS: u32 = 200;
 /// Small segments, so that snapshots are written and the log is cleaned all the time.
 const SEGMENT_BYTES: u64 = 4 << 20;
+/// Few finished tasks in memory, so that segments hold little that lives, and most of what is asked after in the end comes
+/// from the history.
+const FINISHED_MAX: u32 = 500;
 
 /// What a server is doing when it is killed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -89,6 +92,22 @@ fn shards(data: &Path) -> impl Iterator<Item = PathBuf> {
     inside(data).filter(|path| starts(path, "shard-"))
 }
 
+/// The last segments that shards write to, added up: it grows when one is begun, and then the oldest one is cleaned.
+fn last_segments(data: &Path) -> u64 {
+    let begun = |path: PathBuf| {
+        let mut bytes = [0; SEGMENT_DATA_OFFSET as usize + BATCH_HEADER_BYTES];
+        File::open(path).ok()?.read_exact(&mut bytes).ok()?;
+        let segment = SegmentHeader::decode(&bytes[..BLOCK_BYTES]).ok()?.segment;
+        let first = BatchHeader::peek(&bytes[SEGMENT_DATA_OFFSET as usize..])?;
+        (first.segment == segment).then_some(segment)
+    };
+    let last = |shard: PathBuf| {
+        let segments = inside(&shard).filter(|path| starts(path, "segment-"));
+        segments.filter_map(begun).max()
+    };
+    shards(data).filter_map(last).sum()
+}
+
 /// The last batch of a shard's log has moved records.
 fn was_cleaning(shard: &Path) -> bool {
     let header = |path: &Path| {
@@ -146,6 +165,8 @@ pub struct Server {
     /// What this process printed.
     said: PathBuf,
     started: Instant,
+    /// See `begins_segment`.
+    last_segments: u64,
 }
 
 impl Server {
@@ -171,6 +192,7 @@ impl Server {
             .arg("--data")
             .arg(&data)
             .env("PELTON_SERVER__SEGMENT_BYTES", SEGMENT_BYTES.to_string())
+            .env("PELTON_LIMITS__FINISHED_MAX", FINISHED_MAX.to_string())
             .env("PELTON_EXECUTOR__LEASE_MS", LEASE_MS.to_string())
             .env("PELTON_EXECUTOR__HEARTBEAT_MS", HEARTBEAT_MS.to_string())
             .stdin(Stdio::null())
@@ -183,6 +205,7 @@ impl Server {
             data,
             said,
             started,
+            last_segments: 0,
         })
     }
 
@@ -220,6 +243,13 @@ impl Server {
     /// True while a shard is writing a snapshot, which is rarely met.
     pub fn writes_snapshot(&self) -> bool {
         writes_snapshot(&self.data)
+    }
+
+    /// True if a shard has gone on to another segment since this was asked before.
+    pub fn begins_segment(&mut self) -> bool {
+        let before = self.last_segments;
+        self.last_segments = last_segments(&self.data);
+        before != 0 && self.last_segments > before
     }
 
     /// SIGKILL.

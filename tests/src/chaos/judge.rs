@@ -126,6 +126,15 @@ pub struct Verdict {
     pub violations: Violations,
 }
 
+impl Verdict {
+    /// Kills in every phase, also in those that none hit.
+    pub fn kills(&self) -> impl Iterator<Item = (Phase, u64)> {
+        Phase::ALL
+            .into_iter()
+            .map(|phase| (phase, self.kills.get(&phase).copied().unwrap_or(0)))
+    }
+}
+
 /// A submission as its caller knows it.
 #[derive(Debug)]
 struct Case {
