@@ -139,6 +139,12 @@ fn a_start_hands_out_what_history_does_not_have_and_nothing_else() {
     rig.restart();
     let rest = ask(&mut rig, 0, false, 100);
     assert_eq!(requests(&rest), more);
+    // Somebody has saved what stands behind the end of this log: it is an older one, and says nothing of what is saved.
+    rig.history_saved = Lsn(rig.log.last().unwrap().0 + (1 << 30));
+    rig.restart();
+    let all = ask(&mut rig, 0, false, 100);
+    assert_eq!(requests(&all).len(), requests(&batch).len() + more.len());
+    assert!(all.may_be_saved);
 }
 
 #[test]

@@ -16,9 +16,15 @@ use crate::{
 
 impl Shard {
     /// The log has been read: the shard is ready to step. Leases that it found start again with a full term. Everything
-    /// that ended before `saved` is in history.
+    /// that ended before `saved` is in history, unless the log does not reach that far: then it is another one than history
+    /// was fed from, an older copy for example, and history is asked about each.
     pub fn start(&mut self, now: Now, saved: Lsn) {
         assert!(self.replaying, "a shard starts once");
+        let saved = if saved > self.replayed.behind {
+            Lsn(0)
+        } else {
+            saved
+        };
         self.now = Now {
             mono_ns: now.mono_ns,
             logged_ms: now.logged_ms.max(self.now.logged_ms),
