@@ -578,20 +578,25 @@ fn row_of<'r>(ended: &Ended, task: &'r [u8], outcome: &'r [u8]) -> Option<Row<'r
         payload: &record.payload,
         ..bare_row(ended)
     };
-    if ended.view.outcome.0 == 0 {
-        return Some(row);
+    if ended.view.outcome.0 != 0 {
+        add_outcome(&mut row, outcome)?;
     }
-    match read_whole(outcome).ok()? {
+    Some(row)
+}
+
+/// Puts the outcome's fields into the row of its task; `None` if this is not its record.
+fn add_outcome<'r>(row: &mut Row<'r>, record: &'r [u8]) -> Option<()> {
+    match read_whole(record).ok()? {
         Record::Outcome(outcome)
         | Record::RelocatedOutcome(ArchivedRelocatedOutcomeRecordV1 { outcome, .. })
-            if outcome.request.to_native() == ended.view.request.0 =>
+            if outcome.request.to_native() == row.request.0 =>
         {
             row.code = Code::from_number(outcome.code.to_native()).unwrap_or(Code::Internal);
             row.error = &outcome.error;
             row.output = &outcome.output;
             row.result = &outcome.result;
             row.ended_ms = outcome.at_ms.to_native();
-            Some(row)
+            Some(())
         }
         Record::Outcome(_)
         | Record::RelocatedOutcome(_)
@@ -640,11 +645,7 @@ fn damaged_row<'r>(ended: &Ended, task: &'r [u8], outcome: &'r [u8]) -> Row<'r> 
         ..*ended
     };
     let mut row = row_of(&without, task, &[]).unwrap_or_else(|| bare_row(ended));
-    if let Ok(Record::Outcome(outcome)) = read_whole(outcome) {
-        row.error = &outcome.error;
-        row.output = &outcome.output;
-        row.result = &outcome.result;
-    }
+    let _ = add_outcome(&mut row, outcome);
     row.damaged = true;
     row
 }

@@ -14,7 +14,9 @@ use pelton_core::{id::Lsn, limits::BATCH_BYTES_MAX};
 
 use crate::{
     device::Block,
-    format::{BLOCK_BYTES, SegmentHeader, record_bytes, record_holds},
+    format::{
+        BLOCK_BYTES, BatchHeader, SEGMENT_DATA_OFFSET, SegmentHeader, record_bytes, record_holds,
+    },
     log::Options,
     segment::parse_segment_name,
 };
@@ -155,8 +157,10 @@ impl Reader {
         Ok(block)
     }
 
-    /// Finds the file that holds a segment, by the headers of all files.
+    /// Finds the file that holds a segment, by the headers of all files. A crash while a segment was being prepared leaves
+    /// its number twice: the later epoch counts, as it does for a start, and within one the file that has been begun.
     fn look_for(&mut self, segment: u64) -> io::Result<()> {
+        let mut best = None;
         for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -168,18 +172,25 @@ impl Reader {
             let Ok(file) = options.open(entry.path()) else {
                 continue; // It went meanwhile.
             };
-            let mut block = Block::new(2 * BLOCK_BYTES);
+            let mut block = Block::new(SEGMENT_DATA_OFFSET as usize + BLOCK_BYTES);
             read_at(&file, &mut block, 0)?;
             let header = SegmentHeader::decode(&block[..BLOCK_BYTES])
-                .or_else(|_| SegmentHeader::decode(&block[BLOCK_BYTES..]));
+                .or_else(|_| SegmentHeader::decode(&block[BLOCK_BYTES..2 * BLOCK_BYTES]));
             let Ok(header) = header else {
                 continue;
             };
             let mine = header.shard == self.options.shard && header.log_id == self.options.log_id;
             if mine && header.segment == segment {
-                self.segments.insert(segment, (file, header.key));
-                return Ok(());
+                let first = BatchHeader::peek(&block[SEGMENT_DATA_OFFSET as usize..]);
+                let begun = first.is_some_and(|batch| batch.segment == segment);
+                let rank = (header.epoch, begun);
+                if best.as_ref().is_none_or(|(known, _)| *known < rank) {
+                    best = Some((rank, (file, header.key)));
+                }
             }
+        }
+        if let Some((_, found)) = best {
+            self.segments.insert(segment, found);
         }
         Ok(())
     }
