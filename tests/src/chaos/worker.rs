@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::Args;
@@ -23,6 +23,9 @@ use super::{
 const KEEP_ALIVE: Duration = Duration::from_millis(50);
 /// Time for what runs when the process is told to end.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long a new executor tries to connect.
+const CONNECT_MAX: Duration = Duration::from_secs(60);
+const CONNECT_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Args, Clone, Debug)]
 pub struct WorkerArgs {
@@ -68,9 +71,7 @@ async fn execute(args: &WorkerArgs) -> Result<(), String> {
                 .trust(trust.clone())
                 .tenant(tenant)
         };
-        let mut executor = Executor::connect(options)
-            .await
-            .map_err(|error| error.to_string())?;
+        let mut executor = connect(options).await?;
         for function in &FUNCTIONS {
             let (ledger, name) = (ledger.clone(), function.name);
             executor.function(name, function.slots, move |task: Attempt| {
@@ -96,6 +97,18 @@ async fn execute(args: &WorkerArgs) -> Result<(), String> {
         handle.close(GRACE).await;
     }
     Ok(())
+}
+
+/// The first connection is made again here, since the server may be killed meanwhile; later ones are the client's business.
+async fn connect(options: ClientOptions) -> Result<Executor, String> {
+    let begun = Instant::now();
+    loop {
+        match Executor::connect(options.clone()).await {
+            Ok(executor) => return Ok(executor),
+            Err(error) if begun.elapsed() > CONNECT_MAX => return Err(error.to_string()),
+            Err(_) => tokio::time::sleep(CONNECT_PAUSE).await,
+        }
+    }
 }
 
 /// Where attempts are written down.
