@@ -332,25 +332,8 @@ impl Engine {
         let (Some(history), Some(name)) = (self.history(), TaskName::parse(task)) else {
             return Err(none);
         };
-        let placed = self.with_routes(|routes| locate(routes, tenant, name))?;
-        let found = match (placed, request) {
-            ((tenant, _, _), Some(request)) | ((tenant, Target::Request(request), _), None) => {
-                history.get(tenant, request)
-            }
-            (
-                (
-                    tenant,
-                    Target::Given {
-                        function,
-                        key,
-                        task_id,
-                    },
-                    _,
-                ),
-                None,
-            ) => history.find(tenant, function, &key, &task_id),
-        };
-        match found {
+        let (tenant, target, _) = self.with_routes(|routes| locate(routes, tenant, name))?;
+        match history.get(tenant, &target, request) {
             Ok(found) => found.ok_or(none),
             Err(error) => {
                 tracing::error!(%error, "a task cannot be looked for in the history");

@@ -20,8 +20,8 @@ use std::{
 use crossbeam::queue::ArrayQueue;
 use pelton_core::{
     error::Code,
-    event::{Control, Ended, EndedBatch},
-    id::{FunctionId, Lsn, RequestId, ShardId, TenantId},
+    event::{Control, Ended, EndedBatch, Target},
+    id::{Lsn, RequestId, ShardId, TenantId},
     record::{ArchivedRelocatedOutcomeRecordV1, Record, read_task, read_whole},
 };
 use pelton_history::{Batch, Filter, Limits, Row, Stats as StoreStats, Store, StoreError};
@@ -199,25 +199,29 @@ impl History {
         lags.sum()
     }
 
-    /// A task of a tenant. Reads the disk: not for a thread that others wait for.
+    /// A task of a tenant; `request` is its identity where its shard knows that, and else the last task with its name is
+    /// taken. Reads the disk: not for a thread that others wait for.
     pub fn get(
         &self,
         tenant: TenantId,
-        request: RequestId,
+        target: &Target,
+        request: Option<RequestId>,
     ) -> Result<Option<TaskInfo>, StoreError> {
-        self.store.get(tenant, request, TaskInfo::of_row)
-    }
-
-    /// The last task with a given name. Reads the disk.
-    pub fn find(
-        &self,
-        tenant: TenantId,
-        function: FunctionId,
-        key: &str,
-        task_id: &str,
-    ) -> Result<Option<TaskInfo>, StoreError> {
-        self.store
-            .find(tenant, function, key, task_id, TaskInfo::of_row)
+        match (target, request) {
+            (_, Some(request)) | (&Target::Request(request), None) => {
+                self.store.get(tenant, request, TaskInfo::of_row)
+            }
+            (
+                Target::Given {
+                    function,
+                    key,
+                    task_id,
+                },
+                None,
+            ) => self
+                .store
+                .find(tenant, *function, key, task_id, TaskInfo::of_row),
+        }
     }
 
     /// Rows in order, without payloads, results and outputs, and the order down to which there are no others; 0 for the

@@ -508,17 +508,7 @@ impl Session {
         let tenant = hub.edge.with_routes(|routes| routes.tenant(&self.tenant));
         let tenant = tenant.ok_or_else(none)?;
         let history = Arc::clone(hub.edge.history().ok_or_else(none)?);
-        let found = read_history(move || match (target, request) {
-            (_, Some(request)) | (Target::Request(request), None) => history.get(tenant, request),
-            (
-                Target::Given {
-                    function,
-                    key,
-                    task_id,
-                },
-                None,
-            ) => history.find(tenant, function, &key, &task_id),
-        });
+        let found = read_history(move || history.get(tenant, &target, request));
         found.await?.map(Box::new).ok_or_else(none)
     }
 
