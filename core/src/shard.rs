@@ -31,6 +31,7 @@ use crate::{
     state::{Event, State},
     table::{
         blob::BlobPool,
+        numbering::Numbering,
         paged::{PagedQueue, PagedSlab},
         split::SplitMap,
         task::{List, TaskTable},
@@ -45,6 +46,11 @@ pub struct Options {
     pub shard: ShardId,
     /// Shards of the process.
     pub shards: u16,
+    /// The first page of the task table that is not inherited from shards that are gone, and the logarithm of how many
+    /// shards share the pages from there on: see [`Numbering`].
+    pub first_page: u32,
+    /// See `first_page`.
+    pub page_shift: u8,
     /// Bytes of a segment of its log.
     pub segment_bytes: u64,
     /// Secret that makes name hashes and jitter; any value, drawn anew at each start.
@@ -71,6 +77,8 @@ impl Default for Options {
         Options {
             shard: ShardId(0),
             shards: 1,
+            first_page: 0,
+            page_shift: 0,
             segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
             seed: 0,
             payload_bytes_max: PAYLOAD_BYTES_DEFAULT as u32,
@@ -405,7 +413,15 @@ impl Shard {
             poisoned: false,
             replaying: true,
             directory: Directory::default(),
-            tasks: TaskTable::default(),
+            tasks: TaskTable::new(Numbering {
+                first_page: options.first_page,
+                page_shift: options.page_shift,
+                shard: if options.page_shift == 0 {
+                    ShardId(0)
+                } else {
+                    options.shard
+                },
+            }),
             next_seq: 1,
             names: SplitMap::default(),
             name_ages: PagedQueue::default(),

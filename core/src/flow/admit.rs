@@ -11,7 +11,7 @@ use crate::{
         Answer, AnswerRun, Durability, Effects, Execute, Inbox, Span, Start, SubmitBatch,
         SubmitTask, Urgency, stow,
     },
-    id::{FunctionId, RequestId, SlotIndex, Token},
+    id::{FunctionId, RequestId, Token},
     limits::DELAY_MS_MAX,
     planted::{Bug, planted},
     record::{BatchSpace, Schema, TaskRecordV1},
@@ -268,12 +268,7 @@ impl Shard {
         let task = &batch.tasks[at];
         let bytes = &batch.bytes;
         let slot = self.tasks.reserve()?;
-        let request = RequestId::new(
-            task.cell,
-            self.now.logged_ms,
-            self.next_seq,
-            SlotIndex(slot),
-        );
+        let request = RequestId::new(task.cell, self.now.logged_ms, self.next_seq, slot);
         self.next_seq += 1;
         let due_ms = match task.start {
             Start::Now => 0,

@@ -83,9 +83,8 @@ impl Shard {
             Event::Stop
         };
         self.meet(self.tasks[slot].state(), event);
-        let task = &mut self.tasks[slot];
-        task.set(FLAG_BUSY);
-        let request = task.request(slot);
+        self.tasks[slot].set(FLAG_BUSY);
+        let request = self.tasks.request(slot);
         let record = MoveRecordV1 {
             request: request.0,
             at_ms: self.now.logged_ms,

@@ -27,7 +27,7 @@ impl Shard {
                 assert!(
                     allowed.contains(&task.state()),
                     "{what}: {:?} in {:?}",
-                    task.request(slot),
+                    self.tasks.request(slot),
                     task.state()
                 );
                 (prev, slot, count) = (slot, task.next, count + 1);
@@ -81,7 +81,10 @@ impl Shard {
                     request,
                     state: State::Retrying,
                     ..
-                } => waiting[self.tenant_of(request.slot().0).0 as usize] += 1,
+                } => {
+                    let slot = self.tasks.find(*request).expect("a task that ends lives");
+                    waiting[self.tenant_of(slot).0 as usize] += 1
+                }
                 Fact::Accepted(_)
                 | Fact::Ended { .. }
                 | Fact::Leased { .. }
@@ -266,7 +269,7 @@ impl Shard {
                 };
                 let lasts = (task.attempt, task.retries(), task.cost, task.record_units);
                 let kinds = [FLAG_META, FLAG_MEMORY, FLAG_DELAYED].map(|flag| task.has(flag));
-                let place = (task.request(slot), task.function, task.position);
+                let place = (shard.tasks.request(slot), task.function, task.position);
                 (place, lasts, kinds, key)
             };
             assert_eq!(facts(here, self), facts(there, whole), "slot {slot}");

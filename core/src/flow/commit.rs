@@ -153,7 +153,8 @@ impl Shard {
     }
 
     fn apply_accepted(&mut self, accepted: Accepted, durable: Durable<'_>) {
-        let slot = accepted.request.slot().0;
+        let slot = self.tasks.place(accepted.request);
+        let slot = slot.expect("a shard accepts into its own slots");
         let segment = self.segment_of(accepted.position);
         let mut task = Task::new(
             accepted.request,
@@ -345,7 +346,7 @@ impl Shard {
         let task = &mut self.tasks[slot];
         task.set_max_age_s(age);
         task.set(FLAG_OWN_AGE);
-        let seq = task.request(slot).seq() as u32;
+        let seq = task.seq() as u32;
         self.ages.insert((from + u64::from(age) * 1_000, slot, seq));
     }
 
@@ -425,7 +426,7 @@ impl Shard {
         task.clear(FLAG_OWN_AGE);
         let age_ms = u64::from(task.max_age_s()) * 1_000;
         // The entry of a task that was delayed stands elsewhere and goes when it fires: see `timers`.
-        let seq = task.request(slot).seq() as u32;
+        let seq = task.seq() as u32;
         self.ages.remove(&(task.accepted_ms() + age_ms, slot, seq));
     }
 
@@ -438,7 +439,7 @@ impl Shard {
         durable: Durable<'_>,
         effects: &mut Effects,
     ) {
-        let request = self.tasks[slot].request(slot);
+        let request = self.tasks.request(slot);
         let attempts = self.tasks[slot].token().attempt;
         let mut at = core::mem::replace(&mut self.tasks[slot].waiter, NIL);
         while at != NIL {

@@ -224,7 +224,7 @@ impl Shard {
             return;
         }
         let retries = task.retries() + 1;
-        let request = task.request(slot);
+        let request = self.tasks.request(slot);
         self.tasks[slot].set_retries(retries);
         let wait_ms = if code == Code::Unavailable {
             0
@@ -281,13 +281,14 @@ impl Shard {
         };
         self.meet(self.tasks[slot].state(), event);
         let lane = &self.lanes[self.tasks[slot].function.0 as usize];
+        let request = self.tasks.request(slot);
         let task = &mut self.tasks[slot];
         task.set(FLAG_BUSY);
         if state == State::Failed && task.key != NIL && lane.holds_keys() {
             task.set(FLAG_HOLDS_KEY);
         }
         let holds_key = u8::from(task.has(FLAG_HOLDS_KEY));
-        let (request, token, retries) = (task.request(slot), task.token(), task.retries());
+        let (token, retries) = (task.token(), task.retries());
         let record = OutcomeRecordV1 {
             request: request.0,
             at_ms: self.now.logged_ms,

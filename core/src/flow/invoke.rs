@@ -23,7 +23,7 @@ impl Shard {
         };
         self.meet(task.state(), Event::Lease);
         self.lanes[task.function.0 as usize].promised -= 1;
-        let request = task.request(slot);
+        let request = self.tasks.request(slot);
         let token = Token {
             attempt: task.attempt + 1,
             ..task.token()
@@ -184,7 +184,7 @@ impl Shard {
             .filter(|session| session.connected)?;
         Some(Cancel {
             connection: session.connection,
-            request: task.request(slot),
+            request: self.tasks.request(slot),
             token: task.token(),
             grace_ms: self
                 .stop_graces

@@ -279,7 +279,7 @@ impl Shard {
             | State::Invalid => None,
         };
         TaskView {
-            request: task.request(slot),
+            request: self.tasks.request(slot),
             function: task.function,
             state,
             token: task.token(),
@@ -325,7 +325,7 @@ impl Shard {
                 let Some(task) = self.tasks.get(slot) else {
                     continue;
                 };
-                let order = task.request(slot).order();
+                let order = self.tasks.request(slot).order();
                 let wanted = order > after
                     && order < filter.before
                     && filter.state.is_none_or(|state| state == task.state())

@@ -82,10 +82,10 @@ impl Shard {
     }
 
     fn fetch(&mut self, slot: u32, effects: &mut Effects) {
-        let task = &mut self.tasks[slot];
-        task.set(FLAG_FETCHING);
+        self.tasks[slot].set(FLAG_FETCHING);
+        let task = &self.tasks[slot];
         effects.fetches.push(Fetch {
-            request: task.request(slot),
+            request: self.tasks.request(slot),
             position: task.position,
             bytes: task.record_bytes(),
         });

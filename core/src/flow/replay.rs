@@ -43,7 +43,8 @@ impl Shard {
         let at_ms = match read(schema, body)? {
             Record::Task(task) => {
                 let accepted = self.accepted_of(task, position, record_bytes);
-                if !self.replayed.is_known(accepted.request.slot(), position) {
+                self.tasks.place(accepted.request).ok_or(unreadable)?;
+                if !self.is_known(accepted.request, position) {
                     self.found_task(accepted);
                 }
                 accepted.request.accepted_ms()
@@ -54,7 +55,7 @@ impl Shard {
                     attempt: lease.attempt.to_native(),
                 };
                 let request = RequestId(lease.request.to_native());
-                if !self.replayed.is_known(request.slot(), position) {
+                if !self.is_known(request, position) {
                     self.found_lease(request, token);
                 }
                 lease.at_ms.to_native()
@@ -63,7 +64,7 @@ impl Shard {
                 Code::from_number(outcome.code.to_native()).ok_or(unreadable)?;
                 let state = State::from_number(outcome.state).ok_or(unreadable)?;
                 let request = RequestId(outcome.request.to_native());
-                if !self.replayed.is_known(request.slot(), position) {
+                if !self.is_known(request, position) {
                     self.found_outcome(outcome, state, (position, record_bytes));
                 }
                 outcome.at_ms.to_native()
@@ -71,7 +72,7 @@ impl Shard {
             Record::Move(moved) => {
                 let state = State::from_number(moved.state).ok_or(unreadable)?;
                 let request = RequestId(moved.request.to_native());
-                if !self.replayed.is_known(request.slot(), position)
+                if !self.is_known(request, position)
                     && let Some(slot) = self.tasks.find(request)
                 {
                     if state.terminal() {
@@ -97,14 +98,15 @@ impl Shard {
             Record::RelocatedTask(relocated) => {
                 let state = State::from_number(relocated.state).ok_or(unreadable)?;
                 let accepted = self.accepted_of(&relocated.task, position, record_bytes);
-                if !self.replayed.is_known(accepted.request.slot(), position) {
+                self.tasks.place(accepted.request).ok_or(unreadable)?;
+                if !self.is_known(accepted.request, position) {
                     self.found_relocated(relocated, accepted, state);
                 }
                 relocated.at_ms.to_native()
             }
             Record::RelocatedOutcome(relocated) => {
                 let request = RequestId(relocated.outcome.request.to_native());
-                if !self.replayed.is_known(request.slot(), position)
+                if !self.is_known(request, position)
                     && let Some(slot) = self.tasks.find(request)
                     && self.tasks[slot].state().terminal()
                     && self.tasks[slot].at == relocated.from.to_native()
@@ -135,6 +137,12 @@ impl Shard {
         };
         self.now.logged_ms = self.now.logged_ms.max(at_ms);
         Ok(())
+    }
+
+    /// True if a loaded piece knows what the record at this place says of this task.
+    fn is_known(&self, request: RequestId, position: Lsn) -> bool {
+        let slot = self.tasks.place(request);
+        slot.is_some_and(|slot| self.replayed.is_known(slot, position))
     }
 
     fn accepted_of(
@@ -176,7 +184,7 @@ impl Shard {
     /// from the log.
     fn found_task(&mut self, accepted: Accepted) -> u32 {
         let request = accepted.request;
-        let slot = request.slot().0;
+        let slot = self.tasks.place(request).expect("its record was looked at");
         self.next_seq = self.next_seq.max(request.seq() + 1);
         // Where the log's beginning is gone, tasks come before the record of their function.
         self.lane_mut(accepted.function, accepted.tenant).tenant = accepted.tenant;

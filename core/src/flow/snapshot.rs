@@ -13,7 +13,7 @@ use alloc::{collections::BTreeSet, vec::Vec};
 use crate::{
     config::Change,
     flow::replay::Replayed,
-    id::{CellId, FunctionId, Lsn, RequestId, SlotIndex},
+    id::{CellId, FunctionId, Lsn, RequestId},
     limits::{CELL_COUNT, NAME_BYTES_MAX, SNAPSHOT_PIECE_BYTES},
     planted::{Bug, planted},
     record::{
@@ -226,7 +226,7 @@ impl Shard {
             NIL => 0,
             key => self.keys[key].hash,
         };
-        let request = task.request(slot);
+        let request = self.tasks.request(slot);
         let shown = SHOWN.iter().filter(|(_, flag)| task.has(*flag));
         let mut shown = shown.fold(0, |all, (bit, _)| all | bit);
         if state.terminal() && self.has_history() && !task.has(FLAG_UNSAVED) {
@@ -439,7 +439,8 @@ impl Shard {
                 return Err(Unloadable);
             }
             self.lane_mut(function, tenant).tenant = tenant;
-            let request = RequestId::new(cell, accepted_ms, seq, SlotIndex(slot));
+            let index = self.tasks.index(slot).ok_or(Unloadable)?;
+            let request = RequestId::new(cell, accepted_ms, seq, index);
             let mut task = Task::new(request, function, place, 0);
             task.set_state(state);
             task.set_retries(retries);
@@ -520,8 +521,8 @@ impl Shard {
 
 impl Replayed {
     /// True if a loaded piece knows what the record at this place says of the task in this slot.
-    pub(crate) fn is_known(&self, slot: SlotIndex, position: Lsn) -> bool {
-        let captured = self.captured.get(slot.0 as usize / SLOTS_PER_PIECE);
+    pub(crate) fn is_known(&self, slot: u32, position: Lsn) -> bool {
+        let captured = self.captured.get(slot as usize / SLOTS_PER_PIECE);
         captured.is_some_and(|&captured| position < captured) && !planted(Bug::SnapshotReplayedOver)
     }
 }

@@ -61,7 +61,7 @@ impl Shard {
             let Some(task) = self.tasks.get(slot) else {
                 continue;
             };
-            if !task.has(FLAG_OWN_AGE) || task.request(slot).seq() as u32 != seq {
+            if !task.has(FLAG_OWN_AGE) || task.seq() as u32 != seq {
                 continue; // The slot belongs to another task by now.
             }
             if task.has(FLAG_BUSY) || task.state().on(Event::Expire).is_none() {
@@ -169,7 +169,7 @@ impl Shard {
             }
             if self.attempt_ends_ns(slot) <= self.now.mono_ns {
                 let task = self.tasks[slot];
-                let (request, token) = (task.request(slot), task.token());
+                let (request, token) = (self.tasks.request(slot), task.token());
                 let executor = self.bindings[binding as usize].executor;
                 self.cancel_after_flush(slot);
                 self.leave_executor(slot);

@@ -6,7 +6,7 @@ use alloc::{boxed::Box, vec::Vec};
 use crate::{
     id::{CellId, FunctionId, Lsn, RequestId, SlotIndex, Token},
     state::State,
-    table::paged::PagedVec,
+    table::{numbering::Numbering, paged::PagedVec},
 };
 
 /// No task, no holder, no waiter, no key.
@@ -107,16 +107,6 @@ impl Task {
         }
     }
 
-    /// Its identity, given the slot in which it lives.
-    pub fn request(&self, slot: u32) -> RequestId {
-        RequestId::new(
-            CellId(self.place >> 4),
-            self.accepted_ms(),
-            self.word >> 24,
-            SlotIndex(slot),
-        )
-    }
-
     /// Its state.
     pub fn state(&self) -> State {
         const BY_NUMBER: [State; 16] = {
@@ -182,6 +172,11 @@ impl Task {
             generation: self.place & 15,
             attempt: self.attempt,
         }
+    }
+
+    /// The cell that it belongs to.
+    pub fn cell(&self) -> CellId {
+        CellId(self.place >> 4)
     }
 
     /// Its running number, which grows with its acceptance.
@@ -253,8 +248,11 @@ impl Default for List {
 
 /// The slab. A slot is reserved at admission and filled at commit; between the two it holds no task, yet is not free.
 /// Free slots are chained through `next`, so that neither growth nor release moves anything.
+///
+/// A slot is meant by its place in the table; which number it has in ids, its [`Numbering`] says.
 #[derive(Debug)]
 pub struct TaskTable {
+    numbering: Numbering,
     pages: Vec<Box<[Task]>>,
     /// What the tasks of each page have in common.
     spans: PagedVec<Span>,
@@ -265,7 +263,15 @@ pub struct TaskTable {
 
 impl Default for TaskTable {
     fn default() -> TaskTable {
+        TaskTable::new(Numbering::default())
+    }
+}
+
+impl TaskTable {
+    /// An empty table.
+    pub fn new(numbering: Numbering) -> TaskTable {
         TaskTable {
+            numbering,
             pages: Vec::new(),
             spans: PagedVec::default(),
             free: NIL,
@@ -329,19 +335,41 @@ impl TaskTable {
         &mut self.pages[slot as usize / TASKS_PER_PAGE][slot as usize % TASKS_PER_PAGE]
     }
 
-    /// Takes a free slot; at most 2^32 - 2 exist, which `None` tells.
-    pub fn reserve(&mut self) -> Option<u32> {
+    /// Takes a free slot and tells its number in ids; `None` if they are used up.
+    pub fn reserve(&mut self) -> Option<SlotIndex> {
         if self.free != NIL {
             let slot = self.free;
             self.free = self.entry(slot).next;
-            return Some(slot);
+            return self.index(slot);
         }
-        if self.used == NIL - 1 {
+        let own = self
+            .numbering
+            .first_page
+            .saturating_mul(TASKS_PER_PAGE as u32);
+        let slot = self.used.max(own);
+        if slot == NIL - 1 {
             return None;
         }
-        let slot = self.used;
+        let index = self.index(slot)?;
         self.grow_to(slot + 1);
-        Some(slot)
+        Some(index)
+    }
+
+    /// The number of a slot in ids; `None` if it has none.
+    pub fn index(&self, slot: u32) -> Option<SlotIndex> {
+        self.numbering.slot(slot)
+    }
+
+    /// The slot that this id names, whatever lives in it; `None` if it is another shard's.
+    pub fn place(&self, request: RequestId) -> Option<u32> {
+        self.numbering.place(request.slot())
+    }
+
+    /// The identity of the task in a slot.
+    pub fn request(&self, slot: u32) -> RequestId {
+        let task = &self[slot];
+        let index = self.index(slot).expect("a slot with a task has a number");
+        RequestId::new(task.cell(), task.accepted_ms(), task.seq(), index)
     }
 
     fn grow_to(&mut self, used: u32) {
@@ -351,21 +379,6 @@ impl TaskTable {
             self.spans.push(Span::default());
         }
         self.used = self.used.max(used);
-    }
-
-    /// Gives a reserved slot back unused.
-    pub fn release(&mut self, slot: u32) {
-        let free = self.free;
-        let entry = self.entry(slot);
-        assert!(
-            entry.word == 0,
-            "a slot with a task is removed, not released"
-        );
-        *entry = Task {
-            next: free,
-            ..EMPTY
-        };
-        self.free = slot;
     }
 
     /// Fills a slot: a reserved one, or any empty one while the log is replayed.
@@ -399,7 +412,9 @@ impl TaskTable {
             next: free,
             ..EMPTY
         };
-        self.free = slot;
+        if self.numbering.is_own(slot / TASKS_PER_PAGE as u32) {
+            self.free = slot;
+        }
         self.live -= 1;
         self.spans[slot as usize / TASKS_PER_PAGE].live -= 1;
     }
@@ -407,7 +422,11 @@ impl TaskTable {
     /// Chains every empty slot again, lowest first. A replay fills and empties slots in any order and ends with this.
     pub fn rebuild_free(&mut self) {
         self.free = NIL;
-        for slot in (0..self.used).rev() {
+        let own = self
+            .numbering
+            .first_page
+            .saturating_mul(TASKS_PER_PAGE as u32);
+        for slot in (own..self.used).rev() {
             let free = self.free;
             let entry = self.entry(slot);
             if entry.word == 0 {
@@ -426,10 +445,12 @@ impl TaskTable {
 
     /// The slot of the task with this identity.
     pub fn find(&self, request: RequestId) -> Option<u32> {
-        let slot = request.slot().0;
-        self.get(slot)
-            .filter(|task| task.request(slot) == request)
-            .map(|_| slot)
+        let slot = self.place(request)?;
+        self.get(slot).filter(|task| {
+            (task.seq(), task.accepted_ms(), task.cell())
+                == (request.seq(), request.accepted_ms(), request.cell())
+        })?;
+        Some(slot)
     }
 
     /// Appends a task that is in no list.
@@ -504,7 +525,7 @@ mod tests {
     fn task(seq: u64, slot: u32) -> Task {
         let request = RequestId::new(CellId(4095), 1_790_000_000_000, seq, SlotIndex(slot));
         let task = Task::new(request, FunctionId(3), Lsn(7), 1_000);
-        assert_eq!(task.request(slot), request);
+        assert_eq!((task.seq(), task.cell()), (seq, request.cell()));
         task
     }
 
@@ -524,7 +545,7 @@ mod tests {
             task.clear(FLAG_BUSY);
             assert!(!task.has(FLAG_BUSY) && task.has(FLAG_META));
         }
-        assert_eq!(task.request(5).seq(), RequestId::SEQ_MAX);
+        assert_eq!(task.seq(), RequestId::SEQ_MAX);
         assert_eq!(task.record_bytes(), 1_024);
     }
 
@@ -565,18 +586,26 @@ mod tests {
     #[test]
     fn a_slot_is_found_only_by_the_identity_it_holds() {
         let mut table = TaskTable::default();
-        let slot = table.reserve().unwrap();
+        let slot = table.reserve().unwrap().0;
         assert!(table.get(slot).is_none());
         table.insert(slot, task(1, slot));
-        let old = table[slot].request(slot);
+        let old = table.request(slot);
         assert_eq!(table.find(old), Some(slot));
         table.remove(slot);
-        assert_eq!(table.reserve(), Some(slot), "a freed slot is used again");
+        assert_eq!(
+            table.reserve(),
+            Some(SlotIndex(slot)),
+            "a freed slot is used again"
+        );
         table.insert(slot, task(2, slot));
         assert_eq!(table.find(old), None);
         table.insert(40, task(3, 40));
         table.rebuild_free();
-        assert_eq!(table.reserve(), Some(1), "a replay leaves the gaps free");
+        assert_eq!(
+            table.reserve(),
+            Some(SlotIndex(1)),
+            "a replay leaves the gaps free"
+        );
     }
 
     #[test]
@@ -584,7 +613,7 @@ mod tests {
         let mut table = TaskTable::default();
         let mut list = List::default();
         for seq in 0..5 {
-            let slot = table.reserve().unwrap();
+            let slot = table.reserve().unwrap().0;
             table.insert(slot, task(seq, slot));
             table.push_back(&mut list, slot);
         }
