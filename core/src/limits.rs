@@ -93,6 +93,12 @@ pub const OUTBOX_SPARE_MAX: usize = 8;
 /// A delivery with more memory than this is not kept.
 pub const OUTBOX_SPARE_BYTES_MAX: usize = 4 << 20;
 
+/// Pages of a shard's task table, of 1,024 tasks and 64 KiB, that are in memory as they are: two million tasks. Further
+/// ones are packed.
+pub const TASK_PAGES_MAX_DEFAULT: u32 = 2048;
+/// Pages that are packed in one step: more than a step's batch can fill.
+pub const PAGES_PACKED_STEP: u32 = 8;
+
 /// Most retries that a function may ask for.
 pub const RETRIES_MAX: u8 = 8;
 /// Retries of a function that does not say.

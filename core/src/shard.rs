@@ -17,8 +17,8 @@ use crate::{
     flow::{clean::Cleaning, history::Unsaved, replay::Replayed},
     id::{ConnectionId, FunctionId, Lsn, RequestId, ShardId, TenantId, Token},
     limits::{
-        DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAYLOAD_BYTES_DEFAULT,
-        SEGMENT_BYTES_DEFAULT,
+        DEDUP_WINDOW_MS, FINISHED_BYTES_MAX_DEFAULT, FINISHED_MAX_DEFAULT, PAGES_PACKED_STEP,
+        PAYLOAD_BYTES_DEFAULT, SEGMENT_BYTES_DEFAULT, TASK_PAGES_MAX_DEFAULT,
     },
     planted::{Bug, planted},
     record::BatchSpace,
@@ -31,6 +31,7 @@ use crate::{
     state::{Event, State},
     table::{
         blob::BlobPool,
+        due::Due,
         numbering::Numbering,
         paged::{PagedQueue, PagedSlab},
         split::SplitMap,
@@ -51,6 +52,8 @@ pub struct Options {
     pub first_page: u32,
     /// See `first_page`.
     pub page_shift: u8,
+    /// Pages of the task table, of 64 KiB, that are in memory as they are; further ones are packed.
+    pub task_pages_max: u32,
     /// Bytes of a segment of its log.
     pub segment_bytes: u64,
     /// Secret that makes name hashes and jitter; any value, drawn anew at each start.
@@ -79,6 +82,7 @@ impl Default for Options {
             shards: 1,
             first_page: 0,
             page_shift: 0,
+            task_pages_max: TASK_PAGES_MAX_DEFAULT,
             segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
             seed: 0,
             payload_bytes_max: PAYLOAD_BYTES_DEFAULT as u32,
@@ -342,7 +346,7 @@ pub struct Shard {
     pub(crate) lanes: Vec<Lane>,
     pub(crate) queues: Vec<Queue>,
     /// Scheduled and retrying tasks by logged time.
-    pub(crate) due: BTreeSet<(u64, u32)>,
+    pub(crate) due: Due,
     /// Tasks whose age is not their lane's, by logged time: slot, and the low half of the running number, by which an
     /// entry that outlived its task is known.
     pub(crate) ages: BTreeSet<(u64, u32, u32)>,
@@ -413,15 +417,18 @@ impl Shard {
             poisoned: false,
             replaying: true,
             directory: Directory::default(),
-            tasks: TaskTable::new(Numbering {
-                first_page: options.first_page,
-                page_shift: options.page_shift,
-                shard: if options.page_shift == 0 {
-                    ShardId(0)
-                } else {
-                    options.shard
+            tasks: TaskTable::new(
+                Numbering {
+                    first_page: options.first_page,
+                    page_shift: options.page_shift,
+                    shard: if options.page_shift == 0 {
+                        ShardId(0)
+                    } else {
+                        options.shard
+                    },
                 },
-            }),
+                options.task_pages_max,
+            ),
             next_seq: 1,
             names: SplitMap::default(),
             name_ages: PagedQueue::default(),
@@ -436,7 +443,7 @@ impl Shard {
             live_bytes: 0,
             lanes: Vec::new(),
             queues: Vec::new(),
-            due: BTreeSet::new(),
+            due: Due::default(),
             ages: BTreeSet::new(),
             robin: Robin::default(),
             lane_ages: BTreeSet::new(),
@@ -520,6 +527,7 @@ impl Shard {
         self.carry_config(space);
         self.clean(inbox, space, effects);
         self.note_appended();
+        self.tasks.pack(PAGES_PACKED_STEP);
         effects.urgency = self.urgency;
     }
 
@@ -599,7 +607,7 @@ impl Shard {
             self.idle_credits.first().map(|entry| entry.0),
         ];
         let logged = [
-            self.due.first().map(|entry| entry.0),
+            self.due.next_ms(),
             self.ages.first().map(|entry| entry.0),
             self.lane_ages.first().map(|entry| entry.0),
             self.name_ages

@@ -97,16 +97,13 @@ impl Shard {
                 | Fact::NameRelocated { .. } => {}
             }
         }
-        for slot in 0..self.tasks.used() {
-            let Some(task) = self.tasks.get(slot) else {
-                continue;
-            };
+        self.tasks.scan(0..self.tasks.used(), |slot, task| {
             match task.state() {
                 State::Dequeued | State::Running | State::Stopping => {
                     beyond[task.function.0 as usize] += 1
                 }
                 State::Scheduled | State::Enqueued | State::Retrying => {
-                    waiting[self.tenant_of(slot).0 as usize] += 1
+                    waiting[self.lanes[task.function.0 as usize].tenant.0 as usize] += 1
                 }
                 State::Paused
                 | State::Succeeded
@@ -122,11 +119,11 @@ impl Shard {
             outcomes += u64::from(task.state().terminal() && task.at != 0);
             if matches!(task.state(), State::Scheduled | State::Retrying) {
                 assert!(
-                    self.due.contains(&(task.at, slot)),
+                    self.due.contains(task.at, slot, &self.tasks),
                     "a delayed task has its timer"
                 );
             }
-        }
+        });
         assert!(
             in_lists <= self.tasks.live(),
             "no task is in two lists ({loose} in none)"

@@ -99,7 +99,7 @@ impl Shard {
                     task.set_state(State::Retrying);
                     task.at = due_ms;
                     let key = task.key;
-                    self.due.insert((due_ms, slot));
+                    self.due.insert(due_ms, slot, &mut self.tasks);
                     self.own_age(slot);
                     if key != NIL && planted(Bug::OrderKeyBroken) {
                         self.tasks[slot].clear(FLAG_KEY_HEAD);
@@ -203,7 +203,7 @@ impl Shard {
             let task = &mut self.tasks[slot];
             task.set_state(State::Scheduled);
             task.at = accepted.due_ms;
-            self.due.insert((accepted.due_ms, slot));
+            self.due.insert(accepted.due_ms, slot, &mut self.tasks);
         } else {
             self.enqueue(slot, false);
         }
@@ -299,7 +299,7 @@ impl Shard {
                 self.give_credit(slot, Signal::Clean, false);
             }
             State::Scheduled | State::Retrying => {
-                self.due.remove(&(task.at, slot));
+                self.due.remove(task.at, slot, &mut self.tasks);
                 self.leave_waiting(slot);
             }
             State::Running | State::Stopping => self.leave_executor(slot),

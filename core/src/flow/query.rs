@@ -321,22 +321,20 @@ impl Shard {
             }
             looked += 1;
             let first = pages * TASKS_PER_PAGE as u32;
-            for slot in first..first + TASKS_PER_PAGE as u32 {
-                let Some(task) = self.tasks.get(slot) else {
-                    continue;
-                };
-                let order = self.tasks.request(slot).order();
+            let slots = first..first + TASKS_PER_PAGE as u32;
+            self.tasks.scan(slots, |slot, task| {
+                let order = self.tasks.request_of(slot, task).order();
                 let wanted = order > after
                     && order < filter.before
                     && filter.state.is_none_or(|state| state == task.state())
                     && filter
                         .function
                         .is_none_or(|function| function == task.function)
-                    && self.tenant_of(slot) == tenant;
+                    && self.lanes[task.function.0 as usize].tenant == tenant;
                 if wanted {
                     found.push((order, slot));
                 }
-            }
+            });
             if found.len() > limit {
                 found.sort_unstable_by(|a, b| b.cmp(a));
                 found.truncate(limit);
@@ -364,9 +362,12 @@ impl Shard {
         waiting.extend(carried.map(|carried| (carried.connection, carried.ticket, wish)));
         let wishes = self.wishes.drain(..);
         waiting.extend(wishes.map(|(connection, ticket, _)| (connection, ticket, wish)));
-        for slot in 0..self.tasks.used() {
-            let task = self.tasks.get(slot).filter(|task| !task.state().terminal());
-            let mut at = task.map_or(NIL, |task| task.waiter);
+        self.tasks.scan(0..self.tasks.used(), |_, task| {
+            let mut at = if task.state().terminal() {
+                NIL
+            } else {
+                task.waiter
+            };
             while at != NIL {
                 let waiter = self.waiters[at];
                 if waiter.index == u32::MAX {
@@ -374,7 +375,7 @@ impl Shard {
                 }
                 at = waiter.next;
             }
-        }
+        });
         for (connection, ticket, what) in waiting {
             let reply = Reply::Refused {
                 code: Code::Unavailable,

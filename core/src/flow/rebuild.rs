@@ -1,7 +1,7 @@
 //! Rebuild: what follows from the facts is made from them, once, at the end of a replay: lists, ordering keys, timers,
 //! ages, credits in use, and what refers to which segment. Tasks are gone through in the order of their acceptance.
 
-use alloc::{collections::BTreeSet, vec::Vec};
+use alloc::vec::Vec;
 
 use crate::{
     clock::Now,
@@ -29,11 +29,8 @@ impl Shard {
             mono_ns: now.mono_ns,
             logged_ms: now.logged_ms.max(self.now.logged_ms),
         };
-        let (mut unfinished, finished) = self.sort_out();
+        let (unfinished, finished) = self.sort_out();
         self.keep_newest(finished, saved);
-        if !planted(Bug::OrderLostInMove) {
-            unfinished.sort_unstable_by_key(|&slot| self.tasks[slot].seq());
-        }
         self.find_heads(&unfinished);
         self.put_in_place(&unfinished);
         self.drop_empty_keys();
@@ -55,17 +52,31 @@ impl Shard {
         self.count_at_start();
     }
 
-    /// The tasks that have not ended, and those that have.
+    /// The tasks that have not ended, in the order of their acceptance, and those that have, in that of their ends.
     fn sort_out(&self) -> (Vec<u32>, Vec<u32>) {
-        let slots = (0..self.tasks.used()).filter(|&slot| self.tasks.get(slot).is_some());
-        slots.partition(|&slot| !self.tasks[slot].state().terminal())
+        let (mut unfinished, mut finished) = (Vec::new(), Vec::new());
+        self.tasks.scan(0..self.tasks.used(), |slot, task| {
+            if task.state().terminal() {
+                finished.push((u64::from(task.holder), slot));
+            } else {
+                unfinished.push((task.seq(), slot));
+            }
+        });
+        if !planted(Bug::OrderLostInMove) {
+            unfinished.sort_unstable();
+        }
+        finished.sort_unstable();
+        let slots = |tasks: Vec<(u64, u32)>| tasks.into_iter().map(|(_, slot)| slot).collect();
+        (slots(unfinished), slots(finished))
     }
 
     /// Keeps the tasks that ended last, in front those that history has; those whose records are gone from the log were
     /// forgotten before the restart.
-    fn keep_newest(&mut self, mut finished: Vec<u32>, saved: Lsn) {
+    fn keep_newest(&mut self, finished: Vec<u32>, saved: Lsn) {
         let has_history = self.has_history();
-        for &slot in &finished {
+        let (mut had, mut unsaved) = (Vec::new(), Vec::new());
+        for slot in finished {
+            self.tasks.pack(1);
             let task = &mut self.tasks[slot];
             let end = Lsn(task.at);
             if !has_history || end.0 != 0 && end < saved {
@@ -77,12 +88,14 @@ impl Shard {
             if task.outcome_bytes() == 0 {
                 task.at = 0;
             }
+            if task.has(FLAG_UNSAVED) {
+                unsaved.push(slot);
+            } else {
+                had.push(slot);
+            }
         }
-        finished.sort_unstable_by_key(|&slot| {
-            let task = &self.tasks[slot];
-            (task.has(FLAG_UNSAVED), task.holder)
-        });
-        for slot in finished {
+        for slot in had.into_iter().chain(unsaved) {
+            self.tasks.pack(1);
             let task = &mut self.tasks[slot];
             task.holder = NIL;
             let (position, outcome) = (task.position, Lsn(task.at));
@@ -97,7 +110,11 @@ impl Shard {
 
     /// Counts who belongs to which ordering key, and makes those that were leased the heads of theirs.
     fn find_heads(&mut self, unfinished: &[u32]) {
+        if self.keys.used() == 0 {
+            return;
+        }
         for &slot in unfinished {
+            self.tasks.pack(1);
             let task = &mut self.tasks[slot];
             let index = task.key;
             if index == NIL {
@@ -123,8 +140,9 @@ impl Shard {
     }
 
     fn put_in_place(&mut self, unfinished: &[u32]) {
-        let mut due = Vec::new();
+        self.due.look_ahead(self.now.logged_ms, &mut self.tasks);
         for &slot in unfinished {
+            self.tasks.pack(1);
             self.count_records(slot);
             let task = self.tasks[slot];
             let tenant = self.tenant_of(slot).0 as usize;
@@ -132,11 +150,11 @@ impl Shard {
                 State::Scheduled | State::Retrying => {
                     self.queues[tenant].waiting += 1;
                     if task.state() == State::Scheduled {
-                        due.push((task.at, slot));
+                        self.due.insert(task.at, slot, &mut self.tasks);
                     } else {
                         self.own_age(slot);
                         if !planted(Bug::RetryForgotten) {
-                            due.push((task.at, slot));
+                            self.due.insert(task.at, slot, &mut self.tasks);
                         }
                     }
                 }
@@ -167,7 +185,6 @@ impl Shard {
                 }
             }
         }
-        self.due = BTreeSet::from_iter(due);
     }
 
     /// Keys whose tasks have all ended go, unless a failure holds them.

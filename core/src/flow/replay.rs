@@ -40,6 +40,7 @@ impl Shard {
         let record_bytes = (RECORD_HEADER_BYTES + body.len()) as u32;
         self.see_segment(self.segment_of(position));
         self.replayed.behind = Lsn(position.0 + 1);
+        self.tasks.pack(1);
         let at_ms = match read(schema, body)? {
             Record::Task(task) => {
                 let accepted = self.accepted_of(task, position, record_bytes);

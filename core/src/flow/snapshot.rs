@@ -198,11 +198,9 @@ impl Shard {
         let to = (from + SLOTS_PER_PIECE).min(self.tasks.used() as usize);
         bytes.extend((from as u32).to_le_bytes());
         bytes.extend((to as u32).to_le_bytes());
-        for slot in from as u32..to as u32 {
-            if let Some(task) = self.tasks.get(slot) {
-                self.put_task(slot, task, bytes);
-            }
-        }
+        let slots = from as u32..to as u32;
+        self.tasks
+            .scan(slots, |slot, task| self.put_task(slot, task, bytes));
         cursor.next = to;
         to < self.tasks.used() as usize
     }
@@ -226,7 +224,7 @@ impl Shard {
             NIL => 0,
             key => self.keys[key].hash,
         };
-        let request = self.tasks.request(slot);
+        let request = self.tasks.request_of(slot, task);
         let shown = SHOWN.iter().filter(|(_, flag)| task.has(*flag));
         let mut shown = shown.fold(0, |all, (bit, _)| all | bit);
         if state.terminal() && self.has_history() && !task.has(FLAG_UNSAVED) {
@@ -470,6 +468,7 @@ impl Shard {
             }
             self.tasks.insert(slot, task);
         }
+        self.tasks.pack(1);
         self.replayed.captured.push(position);
         self.replayed.behind = self.replayed.behind.max(position);
         Ok(())
@@ -501,20 +500,17 @@ impl Shard {
 
     /// Loaded tasks that have ended come before those that the replay will see end.
     fn number_ends(&mut self) {
-        let slots = 0..self.tasks.used();
-        let ended = |slot: &u32| {
-            self.tasks
-                .get(*slot)
-                .is_some_and(|task| task.state().terminal())
-        };
-        let mut ended: Vec<u32> = slots.filter(ended).collect();
-        ended.sort_unstable_by_key(|&slot| {
-            let task = &self.tasks[slot];
-            task.at.max(task.position.0)
+        let mut ended = Vec::new();
+        self.tasks.scan(0..self.tasks.used(), |slot, task| {
+            if task.state().terminal() {
+                ended.push((task.at.max(task.position.0), slot));
+            }
         });
-        for slot in ended {
+        ended.sort_unstable();
+        for (_, slot) in ended {
             self.replayed.ended += 1;
             self.tasks[slot].holder = self.replayed.ended;
+            self.tasks.pack(1);
         }
     }
 }

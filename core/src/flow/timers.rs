@@ -31,14 +31,15 @@ impl Shard {
     }
 
     fn due_tasks(&mut self) {
+        self.due.look_ahead(self.now.logged_ms, &mut self.tasks);
         for _ in 0..FIRED_MAX {
-            let Some(&(at, slot)) = self.due.first() else {
+            let Some((at, slot)) = self.due.first() else {
                 return;
             };
             if at > self.now.logged_ms {
                 return;
             }
-            self.due.remove(&(at, slot));
+            self.due.pop_first();
             self.own_age(slot);
             self.meet(self.tasks[slot].state(), Event::Due);
             let function = self.tasks[slot].function;

@@ -56,6 +56,12 @@ impl<T> PagedVec<T> {
         self.pages[self.len / Self::ITEMS_PER_PAGE].pop()
     }
 
+    /// The item with this index.
+    pub fn get(&self, index: usize) -> Option<&T> {
+        let page = self.pages.get(index / Self::ITEMS_PER_PAGE)?;
+        page.get(index % Self::ITEMS_PER_PAGE)
+    }
+
     /// All items in order.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.pages.iter().flatten()

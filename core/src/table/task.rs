@@ -1,12 +1,23 @@
 //! The task table: a slab of 64-byte entries in 64 KiB pages, and the intrusive lists that run through it. A task is in
 //! at most one list at a time: its lane, its key's successors, a binding's running tasks, the finished tasks.
+//!
+//! Of a large backlog most pages are not looked at for long. Beyond a bound pages are packed, and unpacked when a task
+//! in them is looked at again (`docs/decisions/0011-packed-pages.md`).
 
 use alloc::{boxed::Box, vec::Vec};
+use core::{
+    cell::{Cell, OnceCell, RefCell},
+    ops::Range,
+};
 
 use crate::{
     id::{CellId, FunctionId, Lsn, RequestId, SlotIndex, Token},
     state::State,
-    table::{numbering::Numbering, paged::PagedVec},
+    table::{
+        numbering::Numbering,
+        packed::{TaskPage, empty_page, pack, unpack},
+        paged::PagedVec,
+    },
 };
 
 /// No task, no holder, no waiter, no key.
@@ -45,7 +56,7 @@ pub const FLAG_HOLDS_KEY: u16 = 1024;
 pub const FLAG_UNSAVED: u16 = 2048;
 
 /// One task. Owned by its shard; found by slot, verified by the rest of the request id.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Task {
     /// `seq:40 | state:4 | retries:4 | flags:16`.
     word: u64,
@@ -219,6 +230,57 @@ impl Task {
         };
     }
 
+    /// Fields that are packed one by one.
+    pub(super) const FIELDS: usize = 16;
+
+    /// Bits of each of them.
+    #[cfg(test)]
+    pub(super) const FIELD_BITS: [u32; Task::FIELDS] = [
+        40, 24, 44, 20, 64, 64, 32, 32, 32, 32, 32, 32, 16, 16, 16, 16,
+    ];
+
+    /// Its fields as numbers.
+    pub(super) fn fields(&self) -> [u64; Task::FIELDS] {
+        [
+            self.word >> 24,
+            self.word & 0xFF_FFFF,
+            self.age >> 20,
+            self.age & 0xF_FFFF,
+            self.position.0,
+            self.at,
+            u64::from(self.function.0),
+            u64::from(self.next),
+            u64::from(self.prev),
+            u64::from(self.holder),
+            u64::from(self.waiter),
+            u64::from(self.key),
+            u64::from(self.place),
+            u64::from(self.attempt),
+            u64::from(self.record_units),
+            u64::from(self.cost),
+        ]
+    }
+
+    /// The task with these fields.
+    pub(super) fn from_fields(fields: [u64; Task::FIELDS]) -> Task {
+        Task {
+            word: fields[0] << 24 | fields[1],
+            age: fields[2] << 20 | fields[3],
+            position: Lsn(fields[4]),
+            at: fields[5],
+            function: FunctionId(fields[6] as u32),
+            next: fields[7] as u32,
+            prev: fields[8] as u32,
+            holder: fields[9] as u32,
+            waiter: fields[10] as u32,
+            key: fields[11] as u32,
+            place: fields[12] as u16,
+            attempt: fields[13] as u16,
+            record_units: fields[14] as u16,
+            cost: fields[15] as u16,
+        }
+    }
+
     /// Notes the length of a finished task's outcome record.
     pub fn set_outcome_bytes(&mut self, bytes: u32) {
         self.cost = bytes.div_ceil(RECORD_UNIT_BYTES) as u16;
@@ -253,27 +315,49 @@ impl Default for List {
 #[derive(Debug)]
 pub struct TaskTable {
     numbering: Numbering,
-    pages: Vec<Box<[Task]>>,
-    /// What the tasks of each page have in common.
-    spans: PagedVec<Span>,
+    /// Pages that are not packed.
+    pages: Vec<OnceCell<Box<TaskPage>>>,
+    /// What else there is of each page.
+    shelf: PagedVec<Shelved>,
+    /// How many pages are not packed, bytes of the others, how many may be unpacked, and where the next one to pack is
+    /// looked for.
+    unpacked: Cell<u32>,
+    packed_bytes: Cell<u64>,
+    unpacked_max: u32,
+    hand: u32,
+    /// What a page is packed into first.
+    packing: Vec<u8>,
     free: u32,
     used: u32,
     live: u32,
 }
 
+/// A page, but for its tasks if they are not packed.
+#[derive(Debug, Default)]
+struct Shelved {
+    /// Nothing if it is not packed, or has never held a task.
+    packed: RefCell<Box<[u8]>>,
+    span: Span,
+}
+
 impl Default for TaskTable {
     fn default() -> TaskTable {
-        TaskTable::new(Numbering::default())
+        TaskTable::new(Numbering::default(), u32::MAX)
     }
 }
 
 impl TaskTable {
-    /// An empty table.
-    pub fn new(numbering: Numbering) -> TaskTable {
+    /// An empty table that packs pages when more than this many are not.
+    pub fn new(numbering: Numbering, unpacked_max: u32) -> TaskTable {
         TaskTable {
             numbering,
             pages: Vec::new(),
-            spans: PagedVec::default(),
+            shelf: PagedVec::default(),
+            unpacked: Cell::new(0),
+            packed_bytes: Cell::new(0),
+            unpacked_max,
+            hand: 0,
+            packing: Vec::new(),
             free: NIL,
             used: 0,
             live: 0,
@@ -293,7 +377,7 @@ pub struct Span {
 }
 
 /// What stands in a slot without a task: state 0, which no task has.
-const EMPTY: Task = Task {
+pub(super) const EMPTY: Task = Task {
     word: 0,
     age: 0,
     position: Lsn(0),
@@ -318,7 +402,12 @@ impl TaskTable {
 
     /// What is known of each page of [`TASKS_PER_PAGE`] slots.
     pub fn span(&self, page: u32) -> Span {
-        self.spans[page as usize]
+        self.shelf[page as usize].span
+    }
+
+    /// Bytes of the tasks of all pages.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.unpacked.get()) * size_of::<TaskPage>() as u64 + self.packed_bytes.get()
     }
 
     /// Pages.
@@ -332,7 +421,85 @@ impl TaskTable {
     }
 
     fn entry(&mut self, slot: u32) -> &mut Task {
-        &mut self.pages[slot as usize / TASKS_PER_PAGE][slot as usize % TASKS_PER_PAGE]
+        let page = slot as usize / TASKS_PER_PAGE;
+        if self.pages[page].get().is_none() && self.unpack(page).is_none() {
+            self.unpacked.set(self.unpacked.get() + 1);
+            self.pages[page] = OnceCell::from(empty_page());
+        }
+        let tasks = self.pages[page].get_mut();
+        &mut tasks.expect("just made")[slot as usize % TASKS_PER_PAGE]
+    }
+
+    /// Unpacks a page; `None` if it has never held a task.
+    #[cold]
+    fn unpack(&self, page: usize) -> Option<&TaskPage> {
+        let packed = self.shelf.get(page)?.packed.take();
+        if packed.is_empty() {
+            return None;
+        }
+        let bytes = self.packed_bytes.get() - packed.len() as u64;
+        self.packed_bytes.set(bytes);
+        self.unpacked.set(self.unpacked.get() + 1);
+        Some(self.pages[page].get_or_init(|| unpack(&packed)))
+    }
+
+    fn page(&self, page: usize) -> Option<&TaskPage> {
+        match self.pages.get(page)?.get() {
+            Some(tasks) => Some(tasks),
+            None => self.unpack(page),
+        }
+    }
+
+    /// Packs at most this many pages, if more than the bound are not packed.
+    pub fn pack(&mut self, pages_max: u32) {
+        for _ in 0..pages_max {
+            if self.unpacked.get() <= self.unpacked_max {
+                return;
+            }
+            let page = loop {
+                let page = self.hand as usize % self.pages.len();
+                self.hand = page as u32 + 1;
+                if let Some(tasks) = self.pages[page].take() {
+                    pack(&tasks, &mut self.packing);
+                    break page;
+                }
+            };
+            let packed = self.packing.as_slice().into();
+            self.shelf[page].packed = RefCell::new(packed);
+            let bytes = self.packed_bytes.get() + self.packing.len() as u64;
+            self.packed_bytes.set(bytes);
+            self.unpacked.set(self.unpacked.get() - 1);
+        }
+    }
+
+    /// Shows every task of these slots in order. Packed pages stay so.
+    pub fn scan(&self, slots: Range<u32>, mut look: impl FnMut(u32, &Task)) {
+        let mut slot = slots.start;
+        let end = slots.end.min(self.used);
+        while slot < end {
+            let page = slot as usize / TASKS_PER_PAGE;
+            let behind = ((page + 1) * TASKS_PER_PAGE).min(end as usize) as u32;
+            let mut show = |tasks: &TaskPage| {
+                for slot in slot..behind {
+                    let task = &tasks[slot as usize % TASKS_PER_PAGE];
+                    if task.word != 0 {
+                        look(slot, task);
+                    }
+                }
+            };
+            let shelved = &self.shelf[page];
+            match self.pages[page].get() {
+                Some(tasks) => show(tasks),
+                None if shelved.span.live == 0 => {}
+                None => {
+                    let packed = shelved.packed.take();
+                    let tasks = unpack(&packed);
+                    shelved.packed.replace(packed);
+                    show(&tasks);
+                }
+            }
+            slot = behind;
+        }
     }
 
     /// Takes a free slot and tells its number in ids; `None` if they are used up.
@@ -367,16 +534,19 @@ impl TaskTable {
 
     /// The identity of the task in a slot.
     pub fn request(&self, slot: u32) -> RequestId {
-        let task = &self[slot];
+        self.request_of(slot, &self[slot])
+    }
+
+    /// The identity of this task, which is that in the slot.
+    pub fn request_of(&self, slot: u32, task: &Task) -> RequestId {
         let index = self.index(slot).expect("a slot with a task has a number");
         RequestId::new(task.cell(), task.accepted_ms(), task.seq(), index)
     }
 
     fn grow_to(&mut self, used: u32) {
         while self.pages.len() * TASKS_PER_PAGE < used as usize {
-            self.pages
-                .push(alloc::vec![EMPTY; TASKS_PER_PAGE].into_boxed_slice());
-            self.spans.push(Span::default());
+            self.pages.push(OnceCell::new());
+            self.shelf.push(Shelved::default());
         }
         self.used = self.used.max(used);
     }
@@ -389,7 +559,7 @@ impl TaskTable {
         *entry = task;
         self.live += 1;
         let accepted_ms = task.accepted_ms();
-        let span = &mut self.spans[slot as usize / TASKS_PER_PAGE];
+        let span = &mut self.shelf[slot as usize / TASKS_PER_PAGE].span;
         *span = Span {
             live: span.live + 1,
             accepted_ms_min: match span.live {
@@ -403,7 +573,7 @@ impl TaskTable {
         };
     }
 
-    /// Empties a slot and frees it.
+    /// Empties a slot and frees it. An inherited page goes with its last task.
     pub fn remove(&mut self, slot: u32) {
         let free = self.free;
         let entry = self.entry(slot);
@@ -412,11 +582,16 @@ impl TaskTable {
             next: free,
             ..EMPTY
         };
-        if self.numbering.is_own(slot / TASKS_PER_PAGE as u32) {
-            self.free = slot;
-        }
         self.live -= 1;
-        self.spans[slot as usize / TASKS_PER_PAGE].live -= 1;
+        let page = slot as usize / TASKS_PER_PAGE;
+        let span = &mut self.shelf[page].span;
+        span.live -= 1;
+        if self.numbering.is_own(page as u32) {
+            self.free = slot;
+        } else if span.live == 0 {
+            self.pages[page] = OnceCell::new();
+            self.unpacked.set(self.unpacked.get() - 1);
+        }
     }
 
     /// Chains every empty slot again, lowest first. A replay fills and empties slots in any order and ends with this.
@@ -427,18 +602,20 @@ impl TaskTable {
             .first_page
             .saturating_mul(TASKS_PER_PAGE as u32);
         for slot in (own..self.used).rev() {
-            let free = self.free;
-            let entry = self.entry(slot);
-            if entry.word == 0 {
-                entry.next = free;
+            if self.get(slot).is_none() {
+                let free = self.free;
+                self.entry(slot).next = free;
                 self.free = slot;
+            }
+            if slot.is_multiple_of(TASKS_PER_PAGE as u32) {
+                self.pack(1);
             }
         }
     }
 
     /// The task in a slot.
     pub fn get(&self, slot: u32) -> Option<&Task> {
-        let page = self.pages.get(slot as usize / TASKS_PER_PAGE)?;
+        let page = self.page(slot as usize / TASKS_PER_PAGE)?;
         let task = &page[slot as usize % TASKS_PER_PAGE];
         (task.word != 0).then_some(task)
     }
@@ -508,7 +685,8 @@ impl core::ops::Index<u32> for TaskTable {
     type Output = Task;
 
     fn index(&self, slot: u32) -> &Task {
-        &self.pages[slot as usize / TASKS_PER_PAGE][slot as usize % TASKS_PER_PAGE]
+        let page = self.page(slot as usize / TASKS_PER_PAGE);
+        &page.expect("a slot that was used")[slot as usize % TASKS_PER_PAGE]
     }
 }
 
