@@ -1,6 +1,6 @@
 //! Packed: a page of tasks in few bytes. Tasks that lie in one page were mostly accepted one after the other, wait in the
-//! same lanes and are alike, so that each field is guessed from the two tasks in front, and only what was guessed wrong is
-//! written: a mask of the fields, then the errors, low 7 bits first. Tasks of which all was guessed are counted.
+//! same lanes and are alike, so that each word of an entry is guessed from the two entries in front, and only what was guessed
+//! wrong is written: a mask of half words, then their errors, low 7 bits first. Entries that were guessed are counted.
 //!
 //! These bytes never leave the memory of the process.
 
@@ -17,51 +17,57 @@ pub(super) fn empty_page() -> Box<TaskPage> {
     page.try_into().expect("a page has as many slots")
 }
 
-/// What the next task is guessed from: each field goes on as it went from the task before last to the last.
+/// What the next task is guessed from: each of its words goes on as it went from the task before last to the last.
 #[derive(Default)]
 struct Guess {
-    last: [u64; Task::FIELDS],
-    step: [u64; Task::FIELDS],
+    last: [u64; 8],
+    step: [u64; 8],
 }
 
 impl Guess {
-    fn next(&self) -> [u64; Task::FIELDS] {
-        core::array::from_fn(|field| self.last[field].wrapping_add(self.step[field]))
+    fn next(&self) -> [u64; 8] {
+        core::array::from_fn(|word| self.last[word].wrapping_add(self.step[word]))
     }
 
-    fn learn(&mut self, fields: [u64; Task::FIELDS]) {
-        for (field, value) in fields.into_iter().enumerate() {
-            self.step[field] = value.wrapping_sub(self.last[field]);
-            self.last[field] = value;
-        }
+    fn learn(&mut self, words: [u64; 8]) {
+        self.step = core::array::from_fn(|word| words[word].wrapping_sub(self.last[word]));
+        self.last = words;
     }
+}
+
+/// The low and the high half of a word.
+fn halves(word: u64) -> [u32; 2] {
+    [word as u32, (word >> 32) as u32]
 }
 
 /// Writes a page into `bytes`, from its beginning.
 pub(super) fn pack(page: &TaskPage, bytes: &mut Vec<u8>) {
     bytes.clear();
     let mut guess = Guess::default();
-    let mut guessed = 0u16;
+    let mut guessed = 0;
     for task in page {
-        let fields = task.fields();
+        let words = task.words();
         let expected = guess.next();
-        let mut mask = 0u16;
-        for field in 0..Task::FIELDS {
-            mask |= u16::from(fields[field] != expected[field]) << field;
-        }
-        guess.learn(fields);
-        if mask == 0 {
+        guess.learn(words);
+        if (0..8).fold(0, |wrong, word| wrong | words[word] ^ expected[word]) == 0 {
             guessed += 1;
             continue;
         }
         put_guessed(&mut guessed, bytes);
-        bytes.extend(mask.to_le_bytes());
-        while mask != 0 {
-            let field = mask.trailing_zeros() as usize;
-            mask &= mask - 1;
-            let error = fields[field].wrapping_sub(expected[field]) as i64;
-            put_number((error << 1 ^ error >> 63) as u64, bytes);
+        let mask_at = bytes.len();
+        let mut mask = 0u16;
+        bytes.extend([0, 0]);
+        for (word, guess) in words.into_iter().zip(expected) {
+            for (half, guess) in halves(word).into_iter().zip(halves(guess)) {
+                mask >>= 1;
+                if half != guess {
+                    mask |= 1 << 15;
+                    let error = half.wrapping_sub(guess) as i32;
+                    put_number((error << 1 ^ error >> 31) as u32, bytes);
+                }
+            }
         }
+        bytes[mask_at..mask_at + 2].copy_from_slice(&mask.to_le_bytes());
     }
     put_guessed(&mut guessed, bytes);
 }
@@ -75,7 +81,7 @@ fn put_guessed(guessed: &mut u16, bytes: &mut Vec<u8>) {
     }
 }
 
-fn put_number(mut number: u64, bytes: &mut Vec<u8>) {
+fn put_number(mut number: u32, bytes: &mut Vec<u8>) {
     while number >= 0x80 {
         bytes.push(number as u8 | 0x80);
         number >>= 7;
@@ -90,24 +96,28 @@ pub(super) fn unpack(bytes: &[u8]) -> Box<TaskPage> {
     let mut rest = bytes;
     let mut guessed = 0u16;
     for slot in page.iter_mut() {
-        let mut fields = guess.next();
+        let mut words = guess.next();
         if guessed > 0 {
             guessed -= 1;
         } else {
-            let mut mask = take_u16(&mut rest);
+            let mask = take_u16(&mut rest);
             if mask == 0 {
                 guessed = take_u16(&mut rest) - 1;
             }
-            while mask != 0 {
-                let field = mask.trailing_zeros() as usize;
-                mask &= mask - 1;
-                let number = take_number(&mut rest);
-                let error = number >> 1 ^ (number & 1).wrapping_neg();
-                fields[field] = fields[field].wrapping_add(error);
+            for (number, word) in words.iter_mut().enumerate() {
+                let [mut low, mut high] = halves(*word);
+                for (bit, half) in [&mut low, &mut high].into_iter().enumerate() {
+                    if mask >> (2 * number + bit) & 1 != 0 {
+                        let number = take_number(&mut rest);
+                        let error = number >> 1 ^ (number & 1).wrapping_neg();
+                        *half = half.wrapping_add(error);
+                    }
+                }
+                *word = u64::from(high) << 32 | u64::from(low);
             }
         }
-        guess.learn(fields);
-        *slot = Task::from_fields(fields);
+        guess.learn(words);
+        *slot = Task::from_words(words);
     }
     page
 }
@@ -118,13 +128,13 @@ fn take_u16(rest: &mut &[u8]) -> u16 {
     u16::from_le_bytes(*first)
 }
 
-fn take_number(rest: &mut &[u8]) -> u64 {
+fn take_number(rest: &mut &[u8]) -> u32 {
     let mut number = 0;
     let mut shift = 0;
     loop {
         let (&byte, behind) = rest.split_first().expect("packed by `pack`");
         *rest = behind;
-        number |= u64::from(byte & 0x7F) << shift;
+        number |= u32::from(byte & 0x7F) << shift;
         if byte < 0x80 {
             return number;
         }
@@ -195,15 +205,14 @@ mod tests {
         let mut seed = 2;
         let mut page = empty_page();
         for task in page.iter_mut() {
-            let mut fields = task.fields();
-            for (field, value) in fields.iter_mut().enumerate() {
+            let mut words = task.words();
+            for word in &mut words {
                 if scatter(&mut seed).is_multiple_of(3) {
-                    let bits = Task::FIELD_BITS[field];
-                    *value = scatter(&mut seed) >> (64 - bits);
+                    *word = scatter(&mut seed) >> (scatter(&mut seed) % 64);
                 }
             }
-            *task = Task::from_fields(fields);
-            assert_eq!(task.fields(), fields, "a field has all of its bits");
+            *task = Task::from_words(words);
+            assert_eq!(task.words(), words, "a field has all of its bits");
         }
         packed_bytes(&page);
     }

@@ -230,54 +230,42 @@ impl Task {
         };
     }
 
-    /// Fields that are packed one by one.
-    pub(super) const FIELDS: usize = 16;
-
-    /// Bits of each of them.
-    #[cfg(test)]
-    pub(super) const FIELD_BITS: [u32; Task::FIELDS] = [
-        40, 24, 44, 20, 64, 64, 32, 32, 32, 32, 32, 32, 16, 16, 16, 16,
-    ];
-
-    /// Its fields as numbers.
-    pub(super) fn fields(&self) -> [u64; Task::FIELDS] {
+    /// The entry as numbers; nothing is lost.
+    pub(super) fn words(&self) -> [u64; 8] {
+        let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        let four = |parts: [u16; 4]| {
+            let part = |number: usize| u64::from(parts[number]) << (16 * number);
+            part(0) | part(1) | part(2) | part(3)
+        };
         [
-            self.word >> 24,
-            self.word & 0xFF_FFFF,
-            self.age >> 20,
-            self.age & 0xF_FFFF,
+            self.word,
+            self.age,
             self.position.0,
             self.at,
-            u64::from(self.function.0),
-            u64::from(self.next),
-            u64::from(self.prev),
-            u64::from(self.holder),
-            u64::from(self.waiter),
-            u64::from(self.key),
-            u64::from(self.place),
-            u64::from(self.attempt),
-            u64::from(self.record_units),
-            u64::from(self.cost),
+            pair(self.function.0, self.next),
+            pair(self.prev, self.holder),
+            pair(self.waiter, self.key),
+            four([self.place, self.attempt, self.record_units, self.cost]),
         ]
     }
 
-    /// The task with these fields.
-    pub(super) fn from_fields(fields: [u64; Task::FIELDS]) -> Task {
+    /// The entry with these numbers.
+    pub(super) fn from_words(words: [u64; 8]) -> Task {
         Task {
-            word: fields[0] << 24 | fields[1],
-            age: fields[2] << 20 | fields[3],
-            position: Lsn(fields[4]),
-            at: fields[5],
-            function: FunctionId(fields[6] as u32),
-            next: fields[7] as u32,
-            prev: fields[8] as u32,
-            holder: fields[9] as u32,
-            waiter: fields[10] as u32,
-            key: fields[11] as u32,
-            place: fields[12] as u16,
-            attempt: fields[13] as u16,
-            record_units: fields[14] as u16,
-            cost: fields[15] as u16,
+            word: words[0],
+            age: words[1],
+            position: Lsn(words[2]),
+            at: words[3],
+            function: FunctionId(words[4] as u32),
+            next: (words[4] >> 32) as u32,
+            prev: words[5] as u32,
+            holder: (words[5] >> 32) as u32,
+            waiter: words[6] as u32,
+            key: (words[6] >> 32) as u32,
+            place: words[7] as u16,
+            attempt: (words[7] >> 16) as u16,
+            record_units: (words[7] >> 32) as u16,
+            cost: (words[7] >> 48) as u16,
         }
     }
 
