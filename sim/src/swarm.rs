@@ -158,6 +158,10 @@ pub struct Plan {
     pub dedup_window_ms: u64,
     /// How far the wall clock jumps at most.
     pub wall_jump_ms: u64,
+    /// How far a delayed task is delayed at most.
+    pub delay_ms: u64,
+    /// Pages of tasks that are not packed.
+    pub task_pages_max: u32,
 }
 
 impl Plan {
@@ -249,6 +253,13 @@ impl Plan {
             // Names hold segments: only where both are short is a segment ever dead.
             dedup_window_ms: if r.one_in(2) { 300 } else { 86_400_000 },
             wall_jump_ms: [100, 30_000, 7_200_000][r.below(3) as usize],
+            delay_ms: [3_000, 3_000, 7_200_000][r.below(3) as usize],
+            // Packing at every turn takes longer than all the rest.
+            task_pages_max: match r.below(16) {
+                0 => 0,
+                1 => 1,
+                _ => 1_000,
+            },
         }
     }
 }

@@ -33,7 +33,7 @@ use crate::{
 /// Wall time at the start of every world.
 const WALL_MS: u64 = 1_790_000_000_000;
 /// Virtual time within which a healed world must come to rest: what is due by a wall clock that jumped four times may
-/// lie eight hours ahead, and an attempt that nobody ends lasts a day.
+/// lie eight hours ahead, a delay may be of two, and an attempt that nobody ends lasts a day.
 const REST_NS: u64 = 12 * 3_600_000_000_000;
 /// Events of one run at most: a world that spins is broken too.
 const EVENTS_MAX: u64 = 6_000_000;
@@ -750,6 +750,8 @@ impl World {
                 },
                 lease_ms: self.plan.lease_ms,
                 dedup_window_ms: self.plan.dedup_window_ms,
+                task_pages_max: self.plan.task_pages_max,
+                ..Options::default()
             };
             let mut shard = Shard::new(options);
             let log_options = log_options(index);

@@ -106,7 +106,7 @@ impl World {
         };
         let start = match r.below(if plan.delays { 12 } else { 1 }) {
             0..9 => Start::Now,
-            9 => Start::DelayMs(r.below(3_000)),
+            9 => Start::DelayMs(r.below(plan.delay_ms)),
             10 => Start::DelayMs(r.below(20)),
             _ => Start::AtMs((wall_ms + r.below(4_000)).saturating_sub(500)),
         };
