@@ -22,7 +22,7 @@ pub enum Scenario {
     Latency(Flags),
     /// What the machine can do at best: QUIC frames, log records, one flush.
     Limits(Flags),
-    /// Memory of many waiting tasks, and the time of a restart with them.
+    /// Memory of many waiting and delayed tasks, the time of a restart with them, and how exact timers are then.
     Backlog(Flags),
     /// How fast a log is read and replayed after the server was killed.
     Recovery(Flags),
@@ -107,12 +107,15 @@ pub struct Flags {
     /// Executor slots
     #[arg(long)]
     pub slots: Option<u32>,
-    /// Tasks per second, for latency
+    /// Tasks per second, for latency, and beside the timers of backlog
     #[arg(long, default_value_t = 5_000)]
     pub rate: u64,
     /// Tasks in all, for backlog, recovery and history
     #[arg(long, default_value_t = 1_000_000)]
     pub tasks: u64,
+    /// Tasks delayed by an hour to a year that come on top, for backlog
+    #[arg(long, default_value_t = 0)]
+    pub delayed: u64,
     /// A running server instead of one of its own; counts are not compared with it
     #[arg(long, value_name = "ADDR")]
     pub target: Option<SocketAddr>,

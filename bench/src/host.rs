@@ -215,6 +215,14 @@ pub(crate) fn cpu_seconds(pid: u32) -> f64 {
     (user + system) / rustix::param::clock_ticks_per_second() as f64
 }
 
+/// The most bytes of memory that a process has held.
+pub(crate) fn rss_bytes_max(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
+}
+
 /// Bytes of memory that a process holds.
 pub(crate) fn rss_bytes(pid: u32) -> u64 {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();

@@ -3,9 +3,10 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    ops::Range,
     os::fd::OwnedFd,
     rc::Rc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use hdrhistogram::Histogram;
@@ -13,7 +14,7 @@ use pelton_client::{
     ClientOptions, Error, SharedSocket,
     pipeline::{self, Event},
 };
-use pelton_net::submit::{Durability, SUBMIT_NOTIFY, SubmitTask};
+use pelton_net::submit::{Durability, SUBMIT_NOTIFY, Start, SubmitTask};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
@@ -30,6 +31,10 @@ pub(crate) struct Load {
     pub(crate) payload: usize,
     pub(crate) tenants: usize,
     pub(crate) functions: usize,
+    /// Number of the first of them.
+    pub(crate) first_function: usize,
+    /// Every task is delayed by some time between [`DELAY_MS`].
+    pub(crate) delayed: bool,
     pub(crate) durability: Durability,
     /// A frame is over when its tasks are finished, not when they are accepted.
     pub(crate) until_finished: bool,
@@ -38,6 +43,9 @@ pub(crate) struct Load {
     /// Tasks in all; the time does not matter then.
     pub(crate) tasks_max: Option<u64>,
 }
+
+/// How long a delayed task is put off: from an hour to a year.
+const DELAY_MS: Range<u64> = 3_600_000..365 * 86_400_000;
 
 /// What the clients counted, all of it and in the measured time.
 #[derive(Debug)]
@@ -51,6 +59,8 @@ pub(crate) struct Counted {
     pub(crate) seconds: f64,
     /// Microseconds from a frame's sending to its end.
     pub(crate) latency: Histogram<u64>,
+    /// When each tenth of the tasks had been answered, where their number is given.
+    pub(crate) tenths: Vec<Duration>,
 }
 
 impl Counted {
@@ -63,7 +73,19 @@ impl Counted {
             measured: 0,
             seconds: 0.0,
             latency: histogram(),
+            tenths: Vec::new(),
         }
+    }
+
+    /// Tasks per second in each tenth of the tasks.
+    pub(crate) fn rates(&self) -> Vec<f64> {
+        let tasks = self.accepted as f64 / 10.0;
+        let begun = [Duration::ZERO]
+            .into_iter()
+            .chain(self.tenths.iter().copied());
+        let took = self.tenths.iter().zip(begun);
+        took.map(|(end, begun)| tasks / (*end - begun).as_secs_f64().max(1e-9))
+            .collect()
     }
 }
 
@@ -162,7 +184,9 @@ async fn connection(shared: Rc<Shared>, index: usize) -> Result<(), Error> {
     let tenant = tenant_name(index % load.tenants);
     let (mut sender, mut receiver) =
         pipeline::connect(&load.options.clone().tenant(tenant)).await?;
-    let functions: Vec<String> = (0..load.functions).map(function_name).collect();
+    let functions = load.first_function..load.first_function + load.functions;
+    let functions: Vec<String> = functions.map(function_name).collect();
+    let mut random = Random(index as u64);
     let payload = vec![0x5a; load.payload];
     let flags = if load.until_finished {
         SUBMIT_NOTIFY
@@ -180,7 +204,13 @@ async fn connection(shared: Rc<Shared>, index: usize) -> Result<(), Error> {
                 durability: load.durability,
                 ..SubmitTask::new(&payload)
             };
-            let tasks = std::iter::repeat_n(task, load.batch);
+            let tasks = std::iter::repeat_n(task, load.batch).map(|task| SubmitTask {
+                start: match load.delayed {
+                    true => Start::DelayMs(random.between(DELAY_MS)),
+                    false => Start::Now,
+                },
+                ..task
+            });
             let (tag, count) = sender.submit(flags, &[function], tasks)?;
             shared.sent.set(shared.sent.get() + count as u64);
             let sent = Instant::now();
@@ -263,6 +293,12 @@ fn ended(
     }
     let frame = flying.remove(&tag).expect("looked up above");
     let now = Instant::now();
+    if let Some(tasks) = shared.load.tasks_max {
+        let next = (counted.tenths.len() as u64 + 1) * tasks / 10;
+        if counted.tenths.len() < 10 && counted.accepted + counted.refused >= next {
+            counted.tenths.push(now - shared.started);
+        }
+    }
     if shared.measuring(now) || shared.load.tasks_max.is_some() {
         counted.measured += frame.tasks as u64;
         let us = (now - frame.sent).as_micros() as u64;
@@ -274,6 +310,7 @@ fn ended(
 /// measures from there.
 pub(crate) async fn open(
     options: ClientOptions,
+    function: usize,
     connections: usize,
     payload: usize,
     rate: u64,
@@ -299,7 +336,7 @@ pub(crate) async fn open(
             }
         }));
     }
-    let function = function_name(0);
+    let function = function_name(function);
     let mut payload = vec![0x5a; payload.max(8)];
     let start = now_ns();
     let interval = 1_000_000_000 / rate.max(1);
@@ -348,6 +385,62 @@ pub(crate) async fn open(
     counted.measured = counted.accepted;
     counted.seconds = time.as_secs_f64();
     Ok(counted)
+}
+
+/// Hands in tasks that are due at some time of the given span, each with that time in its payload.
+pub(crate) async fn timers(
+    options: ClientOptions,
+    function: usize,
+    count: u64,
+    due: Range<Duration>,
+) -> Result<u64, Error> {
+    let options = options.tenant(tenant_name(0)).socket(&SharedSocket::new());
+    let (mut sender, mut receiver) = pipeline::connect(&options).await?;
+    let function = function_name(function);
+    let mut random = Random(count);
+    let wall_ns = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_nanos() as u64
+    };
+    let (wall_ns, monotonic_ns) = (wall_ns(), now_ns());
+    let due = due.start.as_millis() as u64..due.end.as_millis() as u64;
+    let (mut sent, mut accepted) = (0, 0);
+    while sent < count {
+        let batch: Vec<(u64, [u8; 8])> = (sent..count.min(sent + 256))
+            .map(|_| {
+                let at_ms = wall_ns / 1_000_000 + random.between(due.clone());
+                let at_ns = (at_ms * 1_000_000).saturating_sub(wall_ns) + monotonic_ns;
+                (at_ms, at_ns.to_le_bytes())
+            })
+            .collect();
+        let tasks = batch.iter().map(|(at_ms, payload)| SubmitTask {
+            start: Start::AtMs(*at_ms),
+            ..SubmitTask::new(payload)
+        });
+        let (_, tasks) = sender.submit(0, &[&function], tasks)?;
+        sender.flush().await?;
+        sent += tasks as u64;
+        if let Event::Answer(answer) = receiver.next().await? {
+            accepted += answer.view()?.accepted() as u64;
+        }
+    }
+    sender.close().await;
+    Ok(accepted)
+}
+
+/// Numbers without a pattern, the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn between(&mut self, range: Range<u64>) -> u64 {
+        // SplitMix64.
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        range.start + (mixed ^ mixed >> 31) % (range.end - range.start).max(1)
+    }
 }
 
 /// Monotonic nanoseconds, the same clock in every process.

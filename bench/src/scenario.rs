@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use crate::{
     args::{BenchArgs, Durability, Flags, Scenario},
-    host::{Folder, Server, Worker, cpu_seconds, rss_bytes},
+    host::{Folder, Server, Worker, cpu_seconds, rss_bytes, rss_bytes_max},
     limits::{self, Limits},
-    load::{Counted, Load, closed, function_name, open, tenant_name},
+    load::{Counted, Load, closed, function_name, open, tenant_name, timers},
     report::{environment, print, round, write_distribution},
 };
 
@@ -58,6 +58,8 @@ fn shape(flags: &Flags, options: &ClientOptions, until_finished: bool) -> Load {
         payload: flags.payload,
         tenants: flags.tenants.max(1),
         functions: flags.functions.max(1),
+        first_function: 0,
+        delayed: false,
         durability: match flags.durability {
             Durability::Disk => submit::Durability::Disk,
             Durability::Memory => submit::Durability::Memory,
@@ -325,6 +327,7 @@ async fn latency(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String
     let run = |seconds: f64| {
         open(
             target.options.clone(),
+            0,
             flags.connections.clamp(1, 4),
             flags.payload,
             flags.rate,
@@ -383,43 +386,129 @@ async fn machine(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String
     Ok((report, true))
 }
 
+/// Timers that are measured over a full table.
+const TIMERS: u64 = 20_000;
+/// The first of them is due so long after all were handed in.
+const TIMERS_AFTER: Duration = Duration::from_secs(3);
+
+/// Tasks that nobody executes, then delayed ones, then a restart with all of them, then timers that are due while tasks
+/// come in.
 async fn backlog(flags: &Flags, folder: &Folder) -> Result<(Value, bool), String> {
     let data = folder.path().join("data");
+    let functions = flags.functions.max(1);
     let target = Target::start(flags, &data)?;
-    make_functions(&target.options, flags).await?;
+    // The timers have a function of their own, the first one.
+    let all = Flags {
+        functions: functions + 1,
+        ..flags.clone()
+    };
+    make_functions(&target.options, &all).await?;
     let server = target.server.ok_or("backlog needs a server of its own")?;
     let load = Load {
         tasks_max: Some(flags.tasks),
+        first_function: 1,
         ..shape(flags, &server.options, false)
     };
+    let failed = |error| format!("a client failed: {error}");
     let empty = rss_bytes(server.pid());
-    let counted = closed(load, || {}, || {})
-        .await
-        .map_err(|error| format!("a client failed: {error}"))?;
-    let full = rss_bytes(server.pid());
+    let waiting = closed(load.clone(), || {}, || {}).await.map_err(failed)?;
+    let with_waiting = rss_bytes(server.pid());
+    let delayed = match flags.delayed {
+        0 => Counted::new(),
+        tasks => {
+            let load = Load {
+                tasks_max: Some(tasks),
+                delayed: true,
+                ..load
+            };
+            closed(load, || {}, || {}).await.map_err(failed)?
+        }
+    };
+    let with_all = rss_bytes(server.pid());
+    let rss_max = rss_bytes_max(server.pid());
+    let accepted = waiting.accepted + delayed.accepted;
     let stopped = Instant::now();
     server.stop()?;
     let stop = stopped.elapsed();
     let server = Server::start(&data, flags.shards)?;
     let ready = server.ready;
-    let figures = stats(&server.options).await?;
-    let recovered = total(&figures, "recovered");
-    let restarted = rss_bytes(server.pid());
+    let recovered = total(&stats(&server.options).await?, "recovered");
+    let (restarted, restarted_max) = (rss_bytes(server.pid()), rss_bytes_max(server.pid()));
+    let (due, timers) = timers_over(flags, &server).await?;
+    let per_task = |bytes: u64, before: u64, tasks: u64| match tasks {
+        0 => Value::Null,
+        tasks => round(bytes.saturating_sub(before) as f64 / tasks as f64).into(),
+    };
+    let rates = |counted: &Counted| {
+        let rates = counted.rates();
+        let (first, last) = (rates.first().copied(), rates.last().copied());
+        json!({
+            "tasks_per_s": round(counted.accepted as f64 / counted.seconds.max(1e-9)),
+            "first_tenth_per_s": round(first.unwrap_or(0.0)),
+            "last_tenth_per_s": round(last.unwrap_or(0.0)),
+            "tenths_per_s": rates.into_iter().map(round).collect::<Vec<f64>>(),
+        })
+    };
     let report = json!({
         "bench": "backlog",
-        "schema": 1,
-        "accepted": counted.accepted,
-        "tasks_per_s": round(counted.accepted as f64 / counted.seconds),
-        "rss_bytes": full,
+        "schema": 2,
+        "accepted": accepted,
+        "waiting": rates(&waiting),
+        "delayed": match flags.delayed {
+            0 => Value::Null,
+            _ => rates(&delayed),
+        },
+        "rss_bytes": with_all,
+        "rss_bytes_max": rss_max,
         "rss_bytes_empty": empty,
-        "rss_bytes_per_task": round((full.saturating_sub(empty)) as f64 / counted.accepted.max(1) as f64),
-        "rss_bytes_after_restart": restarted,
+        "rss_bytes_per_waiting_task": per_task(with_waiting, empty, waiting.accepted),
+        "rss_bytes_per_delayed_task": per_task(with_all, with_waiting, delayed.accepted),
         "stop_s": round(stop.as_secs_f64()),
         "restart_s": round(ready.as_secs_f64()),
-        "check": { "accepted_client": counted.accepted, "recovered": recovered },
+        "rss_bytes_after_restart": restarted,
+        "rss_bytes_max_of_restart": restarted_max,
+        "timers": timers,
+        "check": {
+            "accepted_client": accepted,
+            "recovered": recovered,
+            "timers_accepted": due,
+            "timers_started": timers["started"],
+        },
         "env": environment(folder.path(), 0.0, placement(flags)),
     });
-    Ok((report, recovered == counted.accepted))
+    let holds = recovered == accepted && timers["started"] == due;
+    Ok((report, holds))
+}
+
+/// How late tasks start that are due while others come in: how many were handed in, and what their executor has seen.
+async fn timers_over(flags: &Flags, server: &Server) -> Result<(u64, Value), String> {
+    let one = Flags {
+        tenants: 1,
+        functions: 1,
+        ..flags.clone()
+    };
+    let mut arguments = worker_arguments(&server.options, &one, flags.slots.unwrap_or(1024));
+    arguments.push("--stamped".to_owned());
+    let mut worker = Worker::start(&arguments)?;
+    let time = Duration::from_secs_f64(flags.seconds.max(1.0));
+    let due = TIMERS_AFTER..TIMERS_AFTER + time;
+    let load_time = due.end + Duration::from_secs(1);
+    let options = server.options.clone();
+    let load = open(options.clone(), 1, 1, flags.payload, flags.rate, load_time);
+    let (accepted, load) = tokio::join!(timers(options, 0, TIMERS, due), load);
+    let failed = |error| format!("a client failed: {error}");
+    let accepted = accepted.map_err(failed)?;
+    load.map_err(failed)?;
+    let measured = worker.report()?;
+    let figure = |name: &str| round(measured[name].as_f64().unwrap_or(0.0) / 1000.0);
+    let seen = json!({
+        "started": measured["count"],
+        "beside_tasks_per_s": flags.rate,
+        "late_ms_p50": figure("p50_us"),
+        "late_ms_p99": figure("p99_us"),
+        "late_ms_max": figure("max_us"),
+    });
+    Ok((accepted, seen))
 }
 
 /// The server is killed and started twice: with the snapshot that it has made, and without, so that it reads the whole
