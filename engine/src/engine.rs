@@ -37,6 +37,7 @@ use crate::{
     embedded::Embedded,
     history::{History, HistoryOptions, Writer},
     inbox::{Outbox, ShardInbox},
+    progress::Progress,
     quarantine::{Quarantine, stand_in},
     routes::{RoutePointer, Routes},
     shard_loop::{Begin, Gone, Setup, ShardLoop},
@@ -76,6 +77,8 @@ pub struct Options {
     pub history_defer_max: u64,
     /// Time for which a lease outlives its executor's connection.
     pub lease: Duration,
+    /// Filled while the engine opens, for another thread to show: reading a large log takes a while.
+    pub progress: Arc<Progress>,
 }
 
 impl Default for Options {
@@ -94,6 +97,7 @@ impl Default for Options {
             history_lag_max: HISTORY_LAG_MAX_DEFAULT,
             history_defer_max: HISTORY_DEFER_MAX_DEFAULT,
             lease: Duration::from_secs(15),
+            progress: Arc::default(),
         }
     }
 }
@@ -603,6 +607,7 @@ fn setup(
         log: log_options(manifest, shard),
         directory: directory.shard(shard),
         begun: has_begun(directory.path()),
+        progress: Arc::clone(&options.progress),
         space_bytes_min: options.space_bytes_min,
         linger: options.linger,
         shares_core: options.pin.is_empty(),

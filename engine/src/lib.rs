@@ -4,7 +4,7 @@
 //!
 //! Reading order: `engine` opens and closes; `inbox` is what lies between the threads, on `sync` and `bell`; `routes`
 //! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `outgoing` what a shard has to say;
-//! `shard_loop` the loop of a shard, and `quarantine` what stands in for one that cannot be served; `history` takes what
+//! `shard_loop` the loop of a shard, `progress` how far its start is, and `quarantine` what stands in for one that cannot be served; `history` takes what
 //! has ended from the shards to the disk; `edge` is the handle of whoever talks to the world; `info` and `stats` what
 //! queries bring, `listing` how a list is put together; `embedded` the API for embedding, and `calls` how its calls reach
 //! its thread.
@@ -24,6 +24,8 @@ pub mod linger;
 mod sleep;
 
 mod outgoing;
+
+pub mod progress;
 
 mod shard_loop;
 
@@ -46,6 +48,7 @@ pub mod embedded;
 
 pub use edge::Edge;
 pub use engine::{Closed, Engine, OpenError, Options};
+pub use progress::Progress;
 pub use quarantine::Quarantine;
 
 #[cfg(test)]

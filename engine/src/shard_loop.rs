@@ -31,6 +31,7 @@ use crate::{
     info::{InfoReply, TaskInfo},
     linger::{Linger, take_short_turns},
     outgoing::Outgoing,
+    progress::{Opening, Progress},
     quarantine::Quarantine,
     sleep::sleep,
     stats::{Recovery, ShardStats, Stage},
@@ -63,6 +64,7 @@ pub(crate) struct Setup {
     pub(crate) linger: Duration,
     /// The shard has no core of its own.
     pub(crate) shares_core: bool,
+    pub(crate) progress: Arc<Progress>,
     pub(crate) shared: Arc<Shared>,
 }
 
@@ -145,9 +147,10 @@ impl ShardLoop {
         listed.map_err(damaged)?;
         let device = RingDevice::open(&setup.directory, bell).map_err(OpenError::Device)?;
         let registered = device.is_registered();
-        let mut shard = Shard::new(setup.core);
+        let mut opening = Opening::new(Shard::new(setup.core), setup.progress);
         let begun = Instant::now();
-        let (log, report) = recover_with(device, setup.log, &mut shard).map_err(damaged)?;
+        let (log, report) = recover_with(device, setup.log, &mut opening).map_err(damaged)?;
+        let shard = opening.into_shard();
         let clock = LoggedClock::start(0, wall_ms(), shard.last_logged_ms());
         let mut stats = ShardStats::new(me);
         stats.registered = registered;

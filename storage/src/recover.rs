@@ -200,6 +200,11 @@ pub trait Replayer {
 
     /// A record, as [`Replay`] takes it.
     fn replay(&mut self, position: Lsn, schema: u16, body: &[u8]) -> Result<(), Unreadable>;
+
+    /// So many of about so many bytes have been read.
+    fn progress(&mut self, read: u64, of: u64) {
+        let _ = (read, of);
+    }
 }
 
 impl Replayer for Shard {
@@ -255,12 +260,21 @@ pub fn recover_with<D: Device>(
         Some(range) => load_snapshot(&survey, reader.device(), options, range, replayer),
         None => Loaded::default(),
     };
+    let end = range.as_ref().map_or(Lsn(0), |range| range.begun_end);
+    let begin = match (&loaded.start, &range) {
+        (Some(start), _) => start.begin.start,
+        (None, Some(range)) => survey.start_of(range.first),
+        (None, None) => Lsn(0),
+    };
+    let of = loaded.bytes + end.0.saturating_sub(begin.0);
     let judged = follow(
         &survey,
         &mut reader,
         range,
         loaded.start.as_ref(),
         &mut |header, batch| {
+            let read = loaded.bytes + header.end().0.saturating_sub(begin.0);
+            replayer.progress(read, of.max(read));
             hand_on(&survey, header, batch, &mut |lsn, schema, body| {
                 replayer.replay(lsn, schema, body).map_err(|_| ())
             })
@@ -302,9 +316,11 @@ fn load_snapshot<D: Device>(
         };
         if (survey.start_of(range.first)..=range.begun_end).contains(&begin.start) {
             replayer.load_begins(begin.secret, range.first);
+            let of = reading.bytes() + range.begun_end.0.saturating_sub(begin.start.0);
             while let Ok(Read::Piece(kind, position, bytes)) = reading.next(device)
                 && replayer.load(kind, position, bytes).is_ok()
             {
+                replayer.progress(reading.read(), of);
                 if kind == PieceKind::End {
                     let end = position;
                     loaded.start = Some(Start { begin, end });

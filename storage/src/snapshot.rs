@@ -185,6 +185,7 @@ pub struct Reading {
     options: Options,
     number: u64,
     file: FileId,
+    file_bytes: u64,
     /// What was read last, from where in the file, and how much of it is done.
     held: Block,
     offset: u64,
@@ -208,13 +209,14 @@ impl Reading {
         number: u64,
     ) -> Result<Option<(Reading, Begin)>, DeviceError> {
         let name = snapshot_name(number);
-        let Output::File(file, _) = device.perform(DeviceOp::Open { name })? else {
+        let Output::File(file, file_bytes) = device.perform(DeviceOp::Open { name })? else {
             panic!("opening brings a file");
         };
         let mut reading = Reading {
             options,
             number,
             file,
+            file_bytes,
             held: Block::new(0),
             offset: 0,
             done: 0,
@@ -266,11 +268,21 @@ impl Reading {
         Ok(Read::Piece(kind, found.position, found.payload))
     }
 
+    /// Bytes of the file.
+    pub fn bytes(&self) -> u64 {
+        self.file_bytes
+    }
+
+    /// Bytes of it that were read.
+    pub fn read(&self) -> u64 {
+        self.offset + self.done as u64
+    }
+
     /// Ends the reading. How many bytes were read.
     pub fn close<D: Device>(self, device: &mut D) -> u64 {
         // A file that cannot be closed was still read.
         let _ = device.perform(DeviceOp::Close { file: self.file });
-        self.offset + self.done as u64
+        self.read()
     }
 }
 

@@ -10,6 +10,8 @@ pub mod time;
 
 pub mod serve;
 
+mod starting;
+
 pub mod demo;
 
 pub mod log;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Args;
-use pelton_engine::{Closed, Engine, Options, Quarantine};
+use pelton_engine::{Closed, Engine, Options, Progress, Quarantine};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -18,6 +18,7 @@ use crate::{
     command::{
         doctor::check_before_serving,
         exit::{Exit, Failure},
+        starting::Starting,
     },
     config::{Config, Layer},
     edge::{EdgeSettings, Edges},
@@ -82,6 +83,7 @@ fn serve(config: &Config) -> Result<(), String> {
         .edges
         .value
         .unwrap_or(if roomy { cores - cores / 2 } else { 1 });
+    let progress = Arc::new(Progress::default());
     let options = Options {
         shards: Some(shards),
         pin: if roomy {
@@ -100,9 +102,12 @@ fn serve(config: &Config) -> Result<(), String> {
         history_lag_max: config.history_lag_max.value,
         history_defer_max: config.history_defer_max.value,
         lease: Duration::from_millis(config.lease_ms.value),
+        progress: Arc::clone(&progress),
     };
     let mut signals = Signals::catch().map_err(|error| error.to_string())?;
+    let shown = Starting::show(progress);
     let engine = Engine::open_with(data, options).map_err(|error| error.to_string())?;
+    drop(shown);
     let engine = Arc::new(engine);
     let keys = Arc::new(Keys::open(data).map_err(|error| error.to_string())?);
     if keys.is_empty() && !listen.ip().is_loopback() {

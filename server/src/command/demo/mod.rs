@@ -27,11 +27,11 @@ mod screen;
 mod submit;
 pub mod work;
 
-use crate::command::bench::local;
+use crate::command::{bench::local, table::grouped};
 use files::{DATA_PREFIX, Input, Inputs};
 use host::{Executor, Server};
 use ledger::Ledger;
-use report::{CrashEnd, Report, counted, grouped};
+use report::{CrashEnd, Report, counted};
 use screen::Screen;
 use submit::{Acknowledged, Job, Plan, ask_all, submit};
 use work::{TENANTS, digest, fails_first, now_ms, wordcount};

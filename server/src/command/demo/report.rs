@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::command::table::grouped;
 use pelton_client::RequestId;
 use serde_json::{Value, json};
 
@@ -250,19 +251,6 @@ fn table(rows: &[[String; 10]]) -> String {
 pub fn counted(value: u64, what: &str) -> String {
     let plural = if value == 1 { "" } else { "s" };
     format!("{} {what}{plural}", grouped(value))
-}
-
-/// `12,345`.
-pub fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::new();
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 #[cfg(test)]

@@ -9,9 +9,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::{
     ledger::{Tally, percentile},
-    report::grouped,
     work::TENANTS,
 };
+use crate::command::table::grouped;
 
 const LINE_EVERY: Duration = Duration::from_secs(3);
 
