@@ -12,6 +12,7 @@ pub mod event;
 mod flow;
 pub mod id;
 pub mod limits;
+mod packing;
 pub mod planted;
 pub mod record;
 pub mod refuse;

@@ -51,8 +51,8 @@ pub const BATCH_BYTES_MAX: usize = 2 << 20;
 pub const SEGMENT_BYTES_MIN: usize = 4 << 20;
 /// The default segment.
 pub const SEGMENT_BYTES_DEFAULT: usize = 64 << 20;
-/// Bytes of a snapshot's piece; with its header it is 64 KiB.
-pub const SNAPSHOT_PIECE_BYTES: usize = (64 << 10) - 64;
+/// The most bytes of a snapshot's piece; with its header it is 192 KiB. Most have a tenth of that.
+pub const SNAPSHOT_PIECE_BYTES: usize = (192 << 10) - 64;
 /// The largest segment.
 pub const SEGMENT_BYTES_MAX: usize = 256 << 20;
 /// Finished tasks that a shard keeps in memory though the history has them.

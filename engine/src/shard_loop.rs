@@ -276,7 +276,10 @@ impl ShardLoop {
 
     /// Takes the next piece of a snapshot, if one is being written or due.
     fn take_snapshot(&mut self, now: Now) {
-        if self.log.wants_snapshot(now.mono_ns) {
+        if self
+            .log
+            .wants_snapshot(now.mono_ns, self.shard.snapshot_entries())
+        {
             self.snapshot = self.shard.snapshot();
             let (secret, bytes) = (self.shard.secret(), self.shard.snapshot_bytes());
             self.log.begin_snapshot(secret, bytes);

@@ -3,7 +3,7 @@
 //! loaded again.
 //!
 //! An input whose first byte is even is a file; else it is a list of changes of eight bytes each: to which piece, what is
-//! done, where, and with what.
+//! done, where, and with what. Where the tasks of a piece can be unpacked, that is done to them, and they are packed again.
 
 use std::sync::OnceLock;
 
@@ -14,7 +14,7 @@ use pelton_core::{
     limits::SNAPSHOT_PIECE_BYTES,
     record::BatchSpace,
     shard::{Options as ShardOptions, Shard},
-    snapshot::PieceKind,
+    snapshot::{PieceKind, packed_tasks, unpacked_tasks},
 };
 use pelton_storage::{
     device::{Device, DeviceOp, Output},
@@ -27,7 +27,7 @@ use pelton_storage::{
 use crate::Input;
 
 /// The snapshot that the tests of the format keep.
-const KEPT: &[u8] = include_bytes!("../../storage/tests/golden/snapshot-v2.bin");
+const KEPT: &[u8] = include_bytes!("../../storage/tests/golden/snapshot-v3.bin");
 const OPTIONS: Options = Options {
     shard: 258,
     log_id: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
@@ -116,6 +116,36 @@ fn change(pieces: &mut Vec<Piece>, torn: &mut Vec<(usize, u8)>, input: &mut Inpu
     }
     let which = which % pieces.len();
     let piece = &mut pieces[which];
+    let packed = what < 8 && piece.kind == PieceKind::Tasks as u16 && !place.is_multiple_of(4);
+    if packed && let Some(plain) = unpacked_tasks(&piece.payload) {
+        piece.payload = plain;
+        change_bytes(piece, what, place, with, input);
+        if let Some(packed) = packed_tasks(&piece.payload) {
+            piece.payload = packed;
+            piece.payload.truncate(SNAPSHOT_PIECE_BYTES);
+        }
+        return;
+    }
+    if what < 8 {
+        return change_bytes(piece, what, place, with, input);
+    }
+    match what {
+        8 => piece.kind = with as u16 % 9,
+        9 => {
+            pieces.remove(which);
+        }
+        10 => {
+            let again = pieces[which].clone();
+            if pieces.len() < PIECES_MAX {
+                pieces.insert(place % pieces.len(), again);
+            }
+        }
+        _ => torn.push((with as usize, place as u8 % 8)),
+    }
+}
+
+/// One of the first eight changes, those of what a piece says.
+fn change_bytes(piece: &mut Piece, what: u8, place: usize, with: u32, input: &mut Input<'_>) {
     let at = place % piece.payload.len().max(1);
     match what {
         0 => {
@@ -141,17 +171,7 @@ fn change(pieces: &mut Vec<Piece>, torn: &mut Vec<(usize, u8)>, input: &mut Inpu
             piece.payload.splice(at..at, bytes.iter().copied());
             piece.payload.truncate(SNAPSHOT_PIECE_BYTES);
         }
-        8 => piece.kind = with as u16 % 9,
-        9 => {
-            pieces.remove(which);
-        }
-        10 => {
-            let again = pieces[which].clone();
-            if pieces.len() < PIECES_MAX {
-                pieces.insert(place % pieces.len(), again);
-            }
-        }
-        _ => torn.push((with as usize, place as u8 % 8)),
+        _ => {}
     }
 }
 

@@ -124,7 +124,10 @@ impl Host {
                 self.shard.audit();
             }
         }
-        if self.log.wants_snapshot(now.mono_ns) {
+        if self
+            .log
+            .wants_snapshot(now.mono_ns, self.shard.snapshot_entries())
+        {
             self.snapshot = self.shard.snapshot();
             let (secret, bytes) = (self.shard.secret(), self.shard.snapshot_bytes());
             self.log.begin_snapshot(secret, bytes);

@@ -29,7 +29,7 @@ use crate::{
     },
     recover::records,
     segment::{FILL_PIECE_BYTES, File, Progress, Segment, Work},
-    snapshot::{Begin, Snapshots},
+    snapshot::{Begin, Snapshots, Stretch},
 };
 
 /// Buffers that a device holds for a log: one in flight, one open, one durable and being read.
@@ -192,8 +192,8 @@ pub(crate) struct Found {
     pub(crate) snapshots: Vec<u64>,
     /// Bytes of the one that was loaded.
     pub(crate) snapshot_bytes: u64,
-    /// Bytes of log that were replayed.
-    pub(crate) replayed_bytes: u64,
+    /// The log that was replayed.
+    pub(crate) replayed: Stretch,
 }
 
 /// The log of one shard. Owned by the shard's thread.
@@ -280,7 +280,7 @@ impl<D: Device> Log<D> {
             snapshots: Snapshots::new(
                 options,
                 found.snapshots,
-                found.replayed_bytes,
+                found.replayed,
                 found.snapshot_bytes,
             ),
             stats: LogStats::default(),
@@ -422,8 +422,9 @@ impl<D: Device> Log<D> {
     }
 
     /// True if a snapshot is worth it and may begin: between a step and the next batch's sealing.
-    pub fn wants_snapshot(&self, now_ns: u64) -> bool {
-        self.can_seal() && self.snapshots.is_due(now_ns)
+    /// It would hold so many entries.
+    pub fn wants_snapshot(&self, now_ns: u64, entries: u64) -> bool {
+        self.can_seal() && self.snapshots.is_due(now_ns, entries)
     }
 
     /// Begins a snapshot with what every batch before the open one has said. `secret` is what the shard's hashes hang
@@ -557,7 +558,7 @@ impl<D: Device> Log<D> {
             snapshots: self.snapshots.made,
             snapshot_failures: self.snapshots.failures,
             snapshot_bytes: self.snapshots.last_bytes(),
-            replay_bytes: self.snapshots.since_bytes,
+            replay_bytes: self.snapshots.since.bytes,
             ..self.stats
         }
     }
@@ -687,7 +688,7 @@ impl<D: Device> Log<D> {
         }
         self.stats.batches += 1;
         self.stats.bytes += padded;
-        self.snapshots.appended(padded);
+        self.snapshots.appended(padded, u64::from(flight.records));
         assert!(
             self.done.is_none(),
             "a durable batch is seen before the next"

@@ -30,7 +30,7 @@ use crate::{
     log::{Found, Log, Options},
     read_ahead::{ReadAhead, read},
     segment::{File, Progress, Segment, Work, is_filling_name, parse_segment_name, segment_name},
-    snapshot::{Begin, Read, Reading, is_temporary_name, parse_snapshot_name},
+    snapshot::{Begin, Read, Reading, Stretch, is_temporary_name, parse_snapshot_name},
 };
 
 const SEGMENT_MISSING: &str = "a segment that holds live data is missing";
@@ -945,7 +945,10 @@ fn settle<D: Device>(
         retired: judged.retired,
         snapshots: survey.snapshots,
         snapshot_bytes: loaded.bytes,
-        replayed_bytes: judged.report.bytes,
+        replayed: Stretch {
+            bytes: judged.report.bytes,
+            records: judged.report.records,
+        },
     };
     let mut report = judged.report;
     report.epoch = found.epoch;

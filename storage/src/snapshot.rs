@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Version of the file's layout and of what the pieces hold.
-pub const SNAPSHOT_VERSION: u16 = 2;
+pub const SNAPSHOT_VERSION: u16 = 3;
 /// Bytes of the header in front of each piece.
 pub const PIECE_HEADER_BYTES: usize = 64;
 /// Snapshots that are kept.
@@ -501,11 +501,19 @@ impl Writer {
                     panic!("a read brings bytes");
                 };
                 let (options, number) = (self.options, self.number);
-                let Some(found) = decode(&bytes, options, number, self.verified_index) else {
+                let (before, mut at) = (self.verified_index, 0);
+                while self.verified_index < self.index
+                    && let Some(piece) = bytes.get(at..)
+                    && let Some(found) = decode(piece, options, number, self.verified_index)
+                {
+                    at += found.bytes;
+                    self.verified_index += 1;
+                }
+                // One that was cut off by the end of the read is at the beginning of the next.
+                if self.verified_index == before {
                     return Written::Mismatch;
-                };
-                self.verified += found.bytes as u64;
-                self.verified_index += 1;
+                }
+                self.verified += at as u64;
                 match (self.verified_index == self.index, self.outdated.is_empty()) {
                     (false, _) => Stage::Verify,
                     (true, false) => Stage::Remove,
@@ -565,15 +573,13 @@ impl Writer {
     }
 }
 
-/// Pause between two operations of a snapshot, each of which is a piece of at most 64 KiB: what it takes from the
-/// disk is bounded.
+/// Pause between two operations of a snapshot, each of which is a piece or reads some: what it takes from the disk is
+/// bounded.
 const OP_EVERY_NS: u64 = 1_000_000;
 /// Pause after a snapshot that came to nothing.
 const AGAIN_NS: u64 = 10_000_000_000;
 /// Segments of log that make a snapshot worth it.
 const SEGMENTS_MIN: u64 = 1;
-/// The log grows by so many times the last snapshot's length before the next one.
-const LENGTHS_MIN: u64 = 2;
 
 /// The snapshots of a log: those that are there, and the one being written.
 #[derive(Debug)]
@@ -585,22 +591,28 @@ pub(crate) struct Snapshots {
     writer: Option<Writer>,
     /// The writer is to be given up.
     failed: bool,
-    /// Bytes of log since the start of the last one.
-    pub(crate) since_bytes: u64,
-    /// Bytes of log since the start of the one being written.
-    writing_bytes: u64,
+    /// The log since the start of the last one, and since the start of the one being written.
+    pub(crate) since: Stretch,
+    writing: Stretch,
     last_bytes: u64,
     not_before_ns: u64,
     pub(crate) made: u64,
     pub(crate) failures: u64,
 }
 
+/// A part of the log.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Stretch {
+    pub(crate) bytes: u64,
+    pub(crate) records: u64,
+}
+
 impl Snapshots {
-    /// `kept` are those found, the newest first; `since_bytes` the log behind the start of the one that was loaded.
+    /// `kept` are those found, the newest first; `since` the log behind the start of the one that was loaded.
     pub(crate) fn new(
         options: Options,
         kept: Vec<u64>,
-        since_bytes: u64,
+        since: Stretch,
         last_bytes: u64,
     ) -> Snapshots {
         Snapshots {
@@ -609,8 +621,8 @@ impl Snapshots {
             kept,
             writer: None,
             failed: false,
-            since_bytes,
-            writing_bytes: 0,
+            since,
+            writing: Stretch::default(),
             last_bytes,
             not_before_ns: 0,
             made: 0,
@@ -623,22 +635,26 @@ impl Snapshots {
         self.last_bytes
     }
 
-    pub(crate) fn appended(&mut self, bytes: u64) {
-        self.since_bytes += bytes;
-        self.writing_bytes += bytes;
+    pub(crate) fn appended(&mut self, bytes: u64, records: u64) {
+        for stretch in [&mut self.since, &mut self.writing] {
+            stretch.bytes += bytes;
+            stretch.records += records;
+        }
     }
 
-    /// True if another one is worth it.
-    pub(crate) fn is_due(&self, now_ns: u64) -> bool {
-        let enough = (SEGMENTS_MIN * self.options.segment_bytes).max(LENGTHS_MIN * self.last_bytes);
-        self.writer.is_none() && self.since_bytes >= enough && now_ns >= self.not_before_ns
+    /// True if another one is worth it, which would hold so many entries: one is written for a record at most.
+    pub(crate) fn is_due(&self, now_ns: u64, entries: u64) -> bool {
+        self.writer.is_none()
+            && self.since.bytes >= SEGMENTS_MIN * self.options.segment_bytes
+            && self.since.records >= entries
+            && now_ns >= self.not_before_ns
     }
 
     pub(crate) fn begin(&mut self, begin: Begin, expected_bytes: u64) {
         let outdated = self.kept.iter().skip(SNAPSHOTS_KEPT - 1).copied().collect();
         let number = self.next_number;
         self.next_number += 1;
-        self.writing_bytes = 0;
+        self.writing = Stretch::default();
         self.failed = false;
         self.writer = Some(Writer::new(
             self.options,
@@ -693,7 +709,7 @@ impl Snapshots {
         let writer = self.writer.take().expect("it was being written");
         self.kept.insert(0, writer.number());
         self.kept.truncate(SNAPSHOTS_KEPT);
-        self.since_bytes = self.writing_bytes;
+        self.since = self.writing;
         self.last_bytes = writer.bytes();
     }
 

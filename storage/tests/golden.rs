@@ -19,7 +19,7 @@ use pelton_core::{
     limits::BATCH_BYTES_MAX,
     record::*,
     shard::{Options as ShardOptions, Shard},
-    snapshot::{PieceKind, Unloadable},
+    snapshot::{PieceKind, Unloadable, packed_tasks, unpacked_tasks},
     state::State,
 };
 use pelton_storage::{
@@ -690,7 +690,7 @@ fn snapshots() -> Samples {
             break;
         }
     }
-    vec![("snapshot-v2", file)]
+    vec![("snapshot-v3", file)]
 }
 
 /// The disk of a shard with this one snapshot.
@@ -742,7 +742,11 @@ fn read_snapshot(bytes: &[u8]) -> String {
             text += &format!("{begin:?}\n");
         }
         text += &format!("{kind:?} at {}\n", position.0);
-        let mut rest = payload;
+        let plain = match kind {
+            PieceKind::Tasks => unpacked_tasks(payload).expect("it is sound"),
+            _ => payload.to_vec(),
+        };
+        let mut rest = &plain[..];
         let items: &[(&str, usize)] = match kind {
             PieceKind::Config => {
                 text += &config_lines(payload);
@@ -924,7 +928,7 @@ fn a_shard_that_loads_the_kept_snapshot_is_the_one_that_read_the_log() {
     });
     let mut kinds = Vec::new();
     let sound = read_pieces(
-        &mut disk(&kept("snapshot-v2")),
+        &mut disk(&kept("snapshot-v3")),
         |begin, kind, place, payload| {
             if kinds.is_empty() {
                 loaded.load_begins(begin.secret, POSITION.0 / OPTIONS.segment_bytes);
@@ -945,7 +949,7 @@ fn a_shard_that_loads_the_kept_snapshot_is_the_one_that_read_the_log() {
 
 #[test]
 fn damage_in_the_kept_snapshot_is_refused_wherever_it_is() {
-    let file = kept("snapshot-v2");
+    let file = kept("snapshot-v3");
     let mut device = disk(&file);
     let name = snapshot_name(NUMBER);
     let mut piece = 0;
@@ -984,7 +988,7 @@ fn load_with(changed: PieceKind, change: impl Fn(&mut Vec<u8>)) -> Result<(), Un
     shard.load_begins(SECRET, POSITION.0 / OPTIONS.segment_bytes);
     let mut loaded = Ok(());
     read_pieces(
-        &mut disk(&kept("snapshot-v2")),
+        &mut disk(&kept("snapshot-v3")),
         |_, kind, position, payload| {
             let mut payload = payload.to_vec();
             if kind == changed {
@@ -994,6 +998,16 @@ fn load_with(changed: PieceKind, change: impl Fn(&mut Vec<u8>)) -> Result<(), Un
         },
     );
     loaded
+}
+
+/// Changes what a piece says, where tasks are packed.
+fn in_plain(kind: PieceKind, payload: &mut Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) {
+    if kind != PieceKind::Tasks {
+        return change(payload);
+    }
+    let mut plain = unpacked_tasks(payload).expect("it is sound");
+    change(&mut plain);
+    *payload = packed_tasks(&plain).expect("the tasks are whole");
 }
 
 #[test]
@@ -1028,8 +1042,10 @@ fn a_piece_that_says_what_no_shard_writes_is_refused() {
     ];
     for (kind, at, bytes) in cases {
         let loaded = load_with(kind, |payload| {
-            assert_ne!(&payload[at..at + bytes.len()], bytes);
-            payload[at..at + bytes.len()].copy_from_slice(bytes);
+            in_plain(kind, payload, |plain| {
+                assert_ne!(&plain[at..at + bytes.len()], bytes);
+                plain[at..at + bytes.len()].copy_from_slice(bytes);
+            });
         });
         assert_eq!(loaded, Err(Unloadable), "{kind:?} with {bytes:?} at {at}");
     }
@@ -1040,9 +1056,18 @@ fn a_piece_that_says_what_no_shard_writes_is_refused() {
     }
     // Two running tasks of one key, and configuration that comes twice.
     let one_key = load_with(PieceKind::Tasks, |payload| {
-        payload[task(4, "key")] = 1;
-        payload[task(5, "key")] = 1;
+        in_plain(PieceKind::Tasks, payload, |plain| {
+            plain[task(4, "key")] = 1;
+            plain[task(5, "key")] = 1;
+        });
     });
+    for (at, number) in [(8, 8), (8, 10), (11, 0xff)] {
+        let tasks = load_with(PieceKind::Tasks, |payload| {
+            assert_ne!(payload[at], number);
+            payload[at] = number;
+        });
+        assert_eq!(tasks, Err(Unloadable), "another number of tasks");
+    }
     let twice = load_with(PieceKind::Config, |payload| payload.extend_from_within(..));
     assert_eq!((one_key, twice), (Err(Unloadable), Err(Unloadable)));
 }

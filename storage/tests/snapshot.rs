@@ -125,7 +125,7 @@ impl Rig {
 
     /// Appends until a snapshot is due.
     fn grow(&mut self) {
-        while !self.log.wants_snapshot(self.now_ns) {
+        while !self.log.wants_snapshot(self.now_ns, 0) {
             self.turn(20_000);
             self.turn(0);
         }
@@ -214,6 +214,27 @@ fn a_start_loads_the_newest_and_replays_what_is_behind_its_start_and_two_are_kep
         (0, report.snapshot_bytes)
     );
     assert!(report.snapshot_bytes > 0);
+}
+
+#[test]
+fn one_is_due_when_as_many_records_have_come_as_it_would_have_entries() {
+    let mut rig = Rig::new(3);
+    rig.grow();
+    let records = rig.number;
+    assert!(rig.log.wants_snapshot(rig.now_ns, records / 2));
+    assert!(!rig.log.wants_snapshot(rig.now_ns, 2 * records));
+    while !rig.log.wants_snapshot(rig.now_ns, 2 * records) {
+        rig.turn(20_000);
+        rig.turn(0);
+    }
+    assert!(rig.number >= 2 * records);
+    // What a start has replayed counts too.
+    let number = rig.number;
+    let (started, given) = start(rig.stop());
+    let (rig, _) = started.unwrap();
+    assert_eq!(given.records.len() as u64, number - given.records[0]);
+    assert!(rig.log.wants_snapshot(rig.now_ns, records));
+    assert!(!rig.log.wants_snapshot(rig.now_ns, 3 * number));
 }
 
 #[test]
@@ -306,11 +327,11 @@ fn a_disk_without_room_costs_the_snapshot_alone_and_a_cut_leaves_nothing_behind(
     assert_eq!((stats.snapshots, stats.snapshot_failures), (0, 1));
     rig.log.device().limit_space(usize::MAX);
     assert!(
-        !rig.log.wants_snapshot(rig.now_ns),
+        !rig.log.wants_snapshot(rig.now_ns, 0),
         "it waits before it tries again"
     );
     rig.now_ns += 11_000_000_000;
-    assert!(rig.log.wants_snapshot(rig.now_ns));
+    assert!(rig.log.wants_snapshot(rig.now_ns, 0));
 
     // The power fails in the middle.
     rig.log.begin_snapshot(SECRET, 1 << 20);

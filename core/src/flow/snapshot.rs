@@ -15,6 +15,7 @@ use crate::{
     flow::replay::Replayed,
     id::{CellId, FunctionId, Lsn, RequestId},
     limits::{CELL_COUNT, NAME_BYTES_MAX, SNAPSHOT_PIECE_BYTES},
+    packing::{Packer, Unpacker},
     planted::{Bug, planted},
     record::{
         BatchSpace, ConfigRecordV1, RECORD_ALIGN, RECORD_HEADER_BYTES, Record, Schema, read,
@@ -84,16 +85,24 @@ pub struct Piece {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unloadable;
 
-/// Bytes of a task: see `put_task`.
-const TASK_BYTES: usize = 72;
-/// Bytes of the slots' range in front of the tasks.
-const RANGE_BYTES: usize = 8;
-/// Slots of one piece.
-const SLOTS_PER_PIECE: usize = 896;
-const _: () = assert!(RANGE_BYTES + SLOTS_PER_PIECE * TASK_BYTES <= SNAPSHOT_PIECE_BYTES);
+/// Words of a task, 64 bits each: see `put_task`.
+const TASK_WORDS: usize = 9;
+/// Bytes of a task that is not packed.
+const TASK_BYTES: usize = TASK_WORDS * 8;
+/// Bytes of the slots' range and the number of tasks, which stand in front of them.
+const TASKS_HEADER_BYTES: usize = 12;
+/// Slots of one piece: whole pages of the table.
+const SLOTS_PER_PIECE: usize = 2 * TASKS_PER_PAGE;
+const _: () = assert!(
+    TASKS_HEADER_BYTES + SLOTS_PER_PIECE * Packer::<TASK_WORDS>::ENTRY_BYTES_MAX
+        <= SNAPSHOT_PIECE_BYTES
+);
+/// What a packed task is taken to have.
+const TASK_BYTES_LIKELY: u64 = 24;
 const NAME_BYTES: usize = 44;
+const NAMES_PER_PIECE: usize = 1024;
 /// A sub-table holds at most 512 names.
-const NAMES_PER_PIECE: usize = SNAPSHOT_PIECE_BYTES / NAME_BYTES - 512;
+const _: () = assert!((NAMES_PER_PIECE + 512) * NAME_BYTES <= SNAPSHOT_PIECE_BYTES);
 const KEY_BYTES: usize = 20;
 /// Entries that are looked at for one piece, whether they belong into it or not.
 const LOOKED_AT_MAX: usize = 2048;
@@ -134,10 +143,15 @@ impl Shard {
         self.options.seed
     }
 
-    /// About how many bytes a snapshot has now.
+    /// Tasks and names that a snapshot would hold now.
+    pub fn snapshot_entries(&self) -> u64 {
+        u64::from(self.tasks.live()) + self.names.len() as u64
+    }
+
+    /// About how many bytes it would have: each page of the table that is not full makes its pieces no longer.
     pub fn snapshot_bytes(&self) -> u64 {
-        let slots = u64::from(self.tasks.used()) * TASK_BYTES as u64;
-        slots + (self.names.len() * NAME_BYTES) as u64
+        let tasks = u64::from(self.tasks.live()) * TASK_BYTES_LIKELY;
+        tasks + (self.names.len() * NAME_BYTES) as u64
     }
 
     /// The next piece; `None` if the snapshot is void, because the configuration has changed meanwhile. Called between
@@ -198,15 +212,21 @@ impl Shard {
         let to = (from + SLOTS_PER_PIECE).min(self.tasks.used() as usize);
         bytes.extend((from as u32).to_le_bytes());
         bytes.extend((to as u32).to_le_bytes());
-        let slots = from as u32..to as u32;
-        self.tasks
-            .scan(slots, |slot, task| self.put_task(slot, task, bytes));
+        bytes.extend([0; 4]);
+        let mut tasks = 0u32;
+        let mut packer = Packer::new(bytes);
+        self.tasks.scan(from as u32..to as u32, |slot, task| {
+            packer.put(self.words_of(slot, task));
+            tasks += 1;
+        });
+        packer.end();
+        bytes[8..TASKS_HEADER_BYTES].copy_from_slice(&tasks.to_le_bytes());
         cursor.next = to;
         to < self.tasks.used() as usize
     }
 
     /// A task as a replay would know it: what only memory knows of it is left out.
-    fn put_task(&self, slot: u32, task: &Task, bytes: &mut Vec<u8>) {
+    fn words_of(&self, slot: u32, task: &Task) -> [u64; TASK_WORDS] {
         let state = match self.logged_state(task) {
             // It was delayed for a time that has come.
             State::Enqueued if task.has(FLAG_DELAYED) => State::Scheduled,
@@ -230,19 +250,20 @@ impl Shard {
         if state.terminal() && self.has_history() && !task.has(FLAG_UNSAVED) {
             shown |= SHOWN_SAVED;
         }
-        bytes.extend(slot.to_le_bytes());
-        bytes.extend(task.function.0.to_le_bytes());
-        bytes.extend(request.seq().to_le_bytes());
-        bytes.extend(request.accepted_ms().to_le_bytes());
-        bytes.extend(task.position.0.to_le_bytes());
-        bytes.extend(at.to_le_bytes());
-        bytes.extend(key.to_le_bytes());
-        bytes.extend(task.max_age_s().to_le_bytes());
-        bytes.extend(request.cell().0.to_le_bytes());
-        bytes.extend(task.attempt.to_le_bytes());
-        bytes.extend(task.record_units.to_le_bytes());
-        bytes.extend(task.cost.to_le_bytes());
-        bytes.extend([state as u8, task.retries(), shown, 0]);
+        let [kind, retries, shown] = [state as u8, task.retries(), shown].map(u64::from);
+        let [cell, attempt] = [request.cell().0, task.attempt].map(u64::from);
+        let [units, cost] = [task.record_units, task.cost].map(u64::from);
+        [
+            u64::from(slot) | u64::from(task.function.0) << 32,
+            request.seq(),
+            request.accepted_ms(),
+            task.position.0,
+            at,
+            key as u64,
+            (key >> 64) as u64,
+            u64::from(task.max_age_s()) | cell << 32 | attempt << 48,
+            units | cost << 16 | kind << 32 | retries << 40 | shown << 48,
+        ]
     }
 
     fn show_names(&self, cursor: &mut Cursor, bytes: &mut Vec<u8>) -> bool {
@@ -396,11 +417,13 @@ impl Shard {
     }
 
     fn load_tasks(&mut self, position: Lsn, mut fields: Fields<'_>) -> Result<(), Unloadable> {
-        let (from, to) = (fields.u32()?, fields.u32()?);
+        let (from, to, tasks) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let known = self.replayed.captured.len() * SLOTS_PER_PIECE;
         if from as usize != known || to < from || (to - from) as usize > SLOTS_PER_PIECE {
             return Err(Unloadable);
         }
+        let plain = unpack(fields.0, tasks).ok_or(Unloadable)?;
+        let mut fields = Fields(&plain);
         let mut heads = BTreeSet::new();
         while !fields.0.is_empty() {
             let slot = fields.u32()?;
@@ -521,6 +544,44 @@ impl Replayed {
         let captured = self.captured.get(slot as usize / SLOTS_PER_PIECE);
         captured.is_some_and(|&captured| position < captured) && !planted(Bug::SnapshotReplayedOver)
     }
+}
+
+/// A piece of tasks whose tasks stand one behind the other without being packed, 72 bytes each; `None` if it is none.
+pub fn unpacked_tasks(piece: &[u8]) -> Option<Vec<u8>> {
+    let (header, packed) = piece.split_at_checked(TASKS_HEADER_BYTES)?;
+    let tasks = u32::from_le_bytes(*header.last_chunk()?);
+    Some([&header[..8], &unpack(packed, tasks)?].concat())
+}
+
+/// The reverse of [`unpacked_tasks`].
+pub fn packed_tasks(plain: &[u8]) -> Option<Vec<u8>> {
+    let (range, plain) = plain.split_at_checked(8)?;
+    let (tasks, []) = plain.as_chunks::<TASK_BYTES>() else {
+        return None;
+    };
+    let mut piece = range.to_vec();
+    piece.extend((tasks.len() as u32).to_le_bytes());
+    let mut packer = Packer::<TASK_WORDS>::new(&mut piece);
+    for task in tasks {
+        let (words, _) = task.as_chunks::<8>();
+        packer.put(core::array::from_fn(|word| u64::from_le_bytes(words[word])));
+    }
+    packer.end();
+    Some(piece)
+}
+
+fn unpack(packed: &[u8], tasks: u32) -> Option<Vec<u8>> {
+    if tasks as usize > SLOTS_PER_PIECE {
+        return None;
+    }
+    let mut plain = Vec::with_capacity(tasks as usize * TASK_BYTES);
+    let mut unpacker = Unpacker::<TASK_WORDS>::new(packed);
+    for _ in 0..tasks {
+        for word in unpacker.next()? {
+            plain.extend(word.to_le_bytes());
+        }
+    }
+    unpacker.is_at_end().then_some(plain)
 }
 
 /// Little-endian fields, one behind the other.
