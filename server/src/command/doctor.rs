@@ -296,8 +296,22 @@ enum Step {
     Flush,
 }
 
+const PROBE_PREFIX: &str = ".pelton-doctor-";
+
+/// What was left behind by processes that were killed while they wrote a block. The numbers of processes come again, and
+/// the file would be in the way of the next one with this number.
+fn remove_old_probes(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PROBE_PREFIX) {
+            // Whoever is writing it just now does not need its name any more.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 fn check_direct(folder: &Path) -> Check {
-    let path = folder.join(format!(".pelton-doctor-{}", std::process::id()));
+    remove_old_probes(folder);
+    let path = folder.join(format!("{PROBE_PREFIX}{}", std::process::id()));
     let written = write_block(&path);
     // A file system without O_DIRECT makes the file and then refuses to open it.
     let _ = fs::remove_file(&path);
@@ -594,6 +608,9 @@ mod tests {
         let base = std::env::current_dir().unwrap().join("../target/test-data");
         fs::create_dir_all(&base).unwrap();
         let folder = tempfile::tempdir_in(base).unwrap();
+        // One of this number was killed here.
+        let left = format!("{PROBE_PREFIX}{}", std::process::id());
+        fs::write(folder.path().join(left), [0; 4096]).unwrap();
         let check = check_direct(folder.path());
         assert_eq!(check.grade, Grade::Ok, "{check}");
         assert!(check.found.contains(" and flushed in "), "{check}");
