@@ -587,9 +587,12 @@ async fn snapshots_written(options: &ClientOptions) -> Result<(), String> {
         let mut logs = figures["shards"].as_array().into_iter().flatten();
         let written = |shard: &Value| {
             let log = |figure: &str| shard["log"][figure].as_u64().unwrap_or(0);
-            // The next one is due once the log has grown by a segment and by twice the last one.
-            let behind = log("replay_bytes");
-            behind <= 2 * log("snapshot_bytes") || log("live_segments") <= 1
+            let entries: u64 = ["tasks", "names"]
+                .iter()
+                .map(|kind| shard[kind].as_u64().unwrap_or(0))
+                .sum();
+            // The next one is due once the log has grown by a segment and by as many records as there are entries.
+            log("replay_records") < entries || log("live_segments") <= 1
         };
         if logs.all(written) {
             return Ok(());

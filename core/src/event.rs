@@ -568,6 +568,8 @@ pub struct Counters {
     pub names: u64,
     /// Bytes of waiting tasks held in memory.
     pub fetched_bytes: u64,
+    /// Bytes of memory that tasks take in their table, packed or not.
+    pub table_bytes: u64,
     /// Bytes of the records in the log that are still needed.
     pub live_bytes: u64,
     /// Records that were moved forward so that their segment can go, and their bytes.

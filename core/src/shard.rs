@@ -676,6 +676,7 @@ impl Shard {
             unsaved_bytes: self.unsaved.bytes,
             names: self.names.len() as u64,
             fetched_bytes: self.blobs.bytes() as u64,
+            table_bytes: self.tasks.bytes(),
             live_bytes: self.live_bytes,
             ..self.counters
         }

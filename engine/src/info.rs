@@ -189,6 +189,7 @@ pub fn sum(counters: impl IntoIterator<Item = Counters>) -> Counters {
             unsaved_bytes: a.unsaved_bytes + b.unsaved_bytes,
             names: a.names + b.names,
             fetched_bytes: a.fetched_bytes + b.fetched_bytes,
+            table_bytes: a.table_bytes + b.table_bytes,
             live_bytes: a.live_bytes + b.live_bytes,
             relocated: a.relocated + b.relocated,
             relocated_bytes: a.relocated_bytes + b.relocated_bytes,

@@ -123,6 +123,8 @@ pub struct LogStats {
     pub snapshot_bytes: u64,
     /// Bytes of log that a start would replay.
     pub replay_bytes: u64,
+    /// Records in it.
+    pub replay_records: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -559,6 +561,7 @@ impl<D: Device> Log<D> {
             snapshot_failures: self.snapshots.failures,
             snapshot_bytes: self.snapshots.last_bytes(),
             replay_bytes: self.snapshots.since.bytes,
+            replay_records: self.snapshots.since.records,
             ..self.stats
         }
     }

@@ -797,6 +797,7 @@ fn describe_counters(counters: &pelton_core::event::Counters) -> Value {
         "unsaved_bytes": counters.unsaved_bytes,
         "names": counters.names,
         "fetched_bytes": counters.fetched_bytes,
+        "table_bytes": counters.table_bytes,
         "live_bytes": counters.live_bytes,
         "relocated": counters.relocated,
         "relocated_bytes": counters.relocated_bytes,
@@ -849,6 +850,7 @@ fn describe_shard(stats: &ShardStats) -> Value {
         "snapshot_failures": stats.log.snapshot_failures,
         "snapshot_bytes": stats.log.snapshot_bytes,
         "replay_bytes": stats.log.replay_bytes,
+        "replay_records": stats.log.replay_records,
         "buffers_registered": stats.registered,
         "poisoned": stats.poisoned,
     });
