@@ -591,8 +591,8 @@ async fn snapshots_written(options: &ClientOptions) -> Result<(), String> {
                 .iter()
                 .map(|kind| shard[kind].as_u64().unwrap_or(0))
                 .sum();
-            // The next one is due once the log has grown by a segment and by as many records as there are entries.
-            log("replay_records") < entries || log("live_segments") <= 1
+            // The next one is due once the log has grown by a segment and by half as many records as there are entries.
+            2 * log("replay_records") < entries || log("live_segments") <= 1
         };
         if logs.all(written) {
             return Ok(());

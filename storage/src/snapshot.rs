@@ -642,11 +642,12 @@ impl Snapshots {
         }
     }
 
-    /// True if another one is worth it, which would hold so many entries: one is written for a record at most.
+    /// True if another one is worth it, which would hold so many entries: two are written for a record at most, and a
+    /// table that only grows has doubled since the last one.
     pub(crate) fn is_due(&self, now_ns: u64, entries: u64) -> bool {
         self.writer.is_none()
             && self.since.bytes >= SEGMENTS_MIN * self.options.segment_bytes
-            && self.since.records >= entries
+            && 2 * self.since.records >= entries
             && now_ns >= self.not_before_ns
     }
 

@@ -217,13 +217,13 @@ fn a_start_loads_the_newest_and_replays_what_is_behind_its_start_and_two_are_kep
 }
 
 #[test]
-fn one_is_due_when_as_many_records_have_come_as_it_would_have_entries() {
+fn one_is_due_when_half_as_many_records_have_come_as_it_would_have_entries() {
     let mut rig = Rig::new(3);
     rig.grow();
     let records = rig.number;
-    assert!(rig.log.wants_snapshot(rig.now_ns, records / 2));
-    assert!(!rig.log.wants_snapshot(rig.now_ns, 2 * records));
-    while !rig.log.wants_snapshot(rig.now_ns, 2 * records) {
+    assert!(rig.log.wants_snapshot(rig.now_ns, records));
+    assert!(!rig.log.wants_snapshot(rig.now_ns, 4 * records));
+    while !rig.log.wants_snapshot(rig.now_ns, 4 * records) {
         rig.turn(20_000);
         rig.turn(0);
     }
@@ -233,7 +233,7 @@ fn one_is_due_when_as_many_records_have_come_as_it_would_have_entries() {
     let (started, given) = start(rig.stop());
     let (rig, _) = started.unwrap();
     assert_eq!(given.records.len() as u64, number - given.records[0]);
-    assert!(rig.log.wants_snapshot(rig.now_ns, records));
+    assert!(rig.log.wants_snapshot(rig.now_ns, number));
     assert!(!rig.log.wants_snapshot(rig.now_ns, 3 * number));
 }
 
