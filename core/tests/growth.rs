@@ -57,6 +57,8 @@ enum Kind {
     Plain,
     Named,
     Delayed,
+    /// By up to a month.
+    LongDelayed,
     Tagged,
     Keyed,
     Aged,
@@ -116,8 +118,10 @@ fn a_waiting_task_takes_64_bytes_and_what_it_has_beyond_a_plain_one_adds_so_much
         // The entry, and its share of the list of pages.
         (Kind::Plain, 64.2),
         (Kind::Tagged, 64.2),
+        // A place in a tree of times where it is due soon, else a number in a bucket.
+        (Kind::Delayed, 80.0),
+        (Kind::LongDelayed, 72.0),
         // A place in a tree of times.
-        (Kind::Delayed, 92.0),
         (Kind::Aged, 92.0),
         (Kind::Awaited, 97.0),
         // Two tasks share a key here; the one behind the other has a place in a tree of times too.
@@ -134,6 +138,29 @@ fn a_waiting_task_takes_64_bytes_and_what_it_has_beyond_a_plain_one_adds_so_much
         }
         let bytes = (LIVE.get() - before) as f64 / (batches * BATCH_TASKS) as f64;
         assert!(bytes <= bytes_max, "{kind:?}: {bytes} bytes a task");
+    }
+}
+
+#[test]
+fn beyond_the_open_pages_a_waiting_task_takes_a_byte_and_a_delayed_one_less_than_24() {
+    for (kind, bytes_max) in [
+        (Kind::Plain, 1.0),
+        // A number in a bucket, the time, and a word or two that are guessed wrong.
+        (Kind::LongDelayed, 24.0),
+    ] {
+        let mut growth = Growth::with(Options {
+            task_pages_max: 2,
+            ..Options::default()
+        });
+        growth.batch(kind);
+        let before = LIVE.get();
+        let batches = 4_096;
+        for _ in 0..batches {
+            growth.batch(kind);
+        }
+        let bytes = (LIVE.get() - before) as f64 / (batches * BATCH_TASKS) as f64;
+        assert!(bytes <= bytes_max, "{kind:?}: {bytes} bytes a task");
+        growth.shard.audit();
     }
 }
 
@@ -164,9 +191,13 @@ struct Growth {
 
 impl Growth {
     fn new() -> Growth {
+        Growth::with(Options::default())
+    }
+
+    fn with(options: Options) -> Growth {
         let mut shard = Shard::new(Options {
             segment_bytes: SEGMENT_BYTES,
-            ..Options::default()
+            ..options
         });
         let now = Now {
             mono_ns: 1,
@@ -251,6 +282,7 @@ impl Growth {
                 }
                 // A part of them is due while the shard grows.
                 Kind::Delayed => task.start = Start::DelayMs(1 + spread),
+                Kind::LongDelayed => task.start = Start::DelayMs(spread * 5_000),
                 Kind::Tagged => task.tags = stow(&mut bytes, b"\x03a=b"),
                 // Two of a key: one may start, and one waits behind it.
                 Kind::Keyed => task.key = stow(&mut bytes, format!("{}", number / 2).as_bytes()),

@@ -26,32 +26,45 @@ pub struct Due {
     horizon: u64,
 }
 
+/// Slots in no order, in pieces, so that none is copied when there are many.
 #[derive(Debug, Default)]
 struct Bucket {
-    chunks: Vec<Vec<u32>>,
+    full: Vec<Vec<u32>>,
+    last: Vec<u32>,
 }
 
 impl Bucket {
+    /// Puts a slot in; its index.
     fn push(&mut self, slot: u32) -> u32 {
-        match self.chunks.last_mut() {
-            Some(chunk) if chunk.len() < CHUNK => chunk.push(slot),
-            Some(_) | None => self.chunks.push(Vec::from([slot])),
+        if self.last.len() == CHUNK {
+            self.full.push(core::mem::take(&mut self.last));
         }
-        ((self.chunks.len() - 1) * CHUNK + self.chunks[self.chunks.len() - 1].len() - 1) as u32
+        self.last.push(slot);
+        (self.full.len() * CHUNK + self.last.len() - 1) as u32
     }
 
     fn pop(&mut self) -> Option<u32> {
-        let chunk = self.chunks.last_mut()?;
-        let slot = chunk.pop();
-        if chunk.is_empty() {
-            self.chunks.pop();
+        if self.last.is_empty() {
+            self.last = self.full.pop()?;
         }
-        slot
+        self.last.pop()
     }
 
-    fn place(&mut self, index: u32) -> Option<&mut u32> {
-        let chunk = self.chunks.get_mut(index as usize / CHUNK)?;
-        chunk.get_mut(index as usize % CHUNK)
+    fn get(&self, index: u32) -> Option<u32> {
+        let chunk = match index as usize / CHUNK {
+            last if last == self.full.len() => &self.last,
+            full => self.full.get(full)?,
+        };
+        chunk.get(index as usize % CHUNK).copied()
+    }
+
+    fn set(&mut self, index: u32, slot: u32) {
+        let chunk = self.full.get_mut(index as usize / CHUNK);
+        chunk.unwrap_or(&mut self.last)[index as usize % CHUNK] = slot;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.full.is_empty() && self.last.is_empty()
     }
 }
 
@@ -76,10 +89,10 @@ impl Due {
         let bucket = self.far.get_mut(&number).expect("the task has a timer");
         let last = bucket.pop().expect("no bucket is empty");
         if last != slot {
-            *bucket.place(index).expect("the task is in its bucket") = last;
+            bucket.set(index, last);
             tasks[last].prev = index;
         }
-        if bucket.chunks.is_empty() {
+        if bucket.is_empty() {
             self.far.remove(&number);
         }
     }
@@ -123,11 +136,9 @@ impl Due {
 
     /// True if the task is in here.
     pub fn contains(&self, at: u64, slot: u32, tasks: &TaskTable) -> bool {
-        let index = tasks[slot].prev as usize;
         let bucket = self.far.get(&(at >> BUCKET_SHIFT));
-        let chunk = bucket.and_then(|bucket| bucket.chunks.get(index / CHUNK));
-        let place = chunk.and_then(|chunk| chunk.get(index % CHUNK));
-        self.near.contains(&(at, slot)) || place == Some(&slot)
+        let found = bucket.and_then(|bucket| bucket.get(tasks[slot].prev));
+        self.near.contains(&(at, slot)) || found == Some(slot)
     }
 
     /// True if no task waits for a time.
