@@ -57,17 +57,21 @@ impl Shard {
         let (mut unfinished, mut finished) = (Vec::new(), Vec::new());
         self.tasks.scan(0..self.tasks.used(), |slot, task| {
             if task.state().terminal() {
-                finished.push((u64::from(task.holder), slot));
+                finished.push((task.holder, slot));
             } else {
-                unfinished.push((task.seq(), slot));
+                // By time first: tasks of several logs that were placed together may have the same numbers.
+                let order = u128::from(task.accepted_ms()) << 40 | u128::from(task.seq());
+                unfinished.push(order << 32 | u128::from(slot));
             }
         });
         if !planted(Bug::OrderLostInMove) {
             unfinished.sort_unstable();
         }
         finished.sort_unstable();
-        let slots = |tasks: Vec<(u64, u32)>| tasks.into_iter().map(|(_, slot)| slot).collect();
-        (slots(unfinished), slots(finished))
+        (
+            unfinished.into_iter().map(|task| task as u32).collect(),
+            finished.into_iter().map(|(_, slot)| slot).collect(),
+        )
     }
 
     /// Keeps the tasks that ended last, in front those that history has; those whose records are gone from the log were
