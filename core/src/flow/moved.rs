@@ -142,7 +142,7 @@ impl Shard {
                 false => &mut tally.unfinished,
             } += 1;
             tally.hash(&[
-                task.request(slot).0,
+                self.tasks.request(slot).0,
                 u128::from(task.function.0),
                 state as u128,
                 u128::from(task.attempt) << 8 | u128::from(task.retries()),
@@ -169,12 +169,19 @@ impl Shard {
         for slot in 0..self.tasks.used() {
             if let Some(task) = self.tasks.get(slot) {
                 let bytes = u64::from(task.record_bytes() + task.outcome_bytes());
-                each(task.request(slot).cell(), bytes + 2 * bare);
+                each(task.cell(), bytes + 2 * bare);
             }
         }
         for (_, name) in self.names.iter() {
             each(name.request.cell(), NAME_LIVE_BYTES + bare);
         }
+    }
+
+    /// One past the highest page of slots in which a task of this shard lives, as ids number them.
+    pub fn pages_end(&self) -> u32 {
+        let slots = (0..self.tasks.used()).filter(|&slot| self.tasks.get(slot).is_some());
+        let pages = slots.map(|slot| self.tasks.request(slot).slot().0 / TASKS_PER_PAGE as u32 + 1);
+        pages.max().unwrap_or(0)
     }
 
     /// The running number of the next task.
