@@ -21,7 +21,7 @@ use pelton_storage::{
     file::FileDevice,
     manifest::{DataDirectory, Manifest, has_begun},
     place::{PlaceError, Source, Written, carry},
-    recover::{RecoverError, expect_segments, inspect_with},
+    recover::{RecoverError, expect_segments, inspect_records, inspect_with},
     ring::RingDevice,
 };
 
@@ -85,6 +85,11 @@ pub enum NotPlaced {
     Damaged(Vec<Quarantine>),
     /// An earlier version made the directory, with several shards that use the same places in ids.
     SharedPlaces,
+    /// Failures hold so many ordering keys and are themselves gone from the log.
+    Holds {
+        /// Keys.
+        more: u64,
+    },
     /// The places in ids are used up.
     UsedUp,
     /// The disk has too little room for a second set of logs.
@@ -120,6 +125,11 @@ impl fmt::Display for PlacingError {
                 "the directory was made by an earlier version, whose shards use the same places in task ids; keep its {from} \
                  shards, or let its tasks end and begin with a new directory"
             ),
+            NotPlaced::Holds { more } => write!(
+                f,
+                "failures hold {more} ordering keys and are too old to be in the log; let the keys go first (`on_failure` of \
+                 their functions), or keep {from} shards"
+            ),
             NotPlaced::UsedUp => write!(
                 f,
                 "tasks from before earlier changes of the shards hold the last places in task ids; let them end first"
@@ -139,7 +149,10 @@ impl std::error::Error for PlacingError {}
 
 /// An old shard as it was found.
 struct Found {
+    /// By the whole log.
     shard: Shard,
+    /// What a snapshot and the log behind it know of ordering keys that a failure holds, where there may be any.
+    held_keys: u64,
     segments: u64,
 }
 
@@ -173,6 +186,15 @@ pub(crate) fn place(
     };
     for (found, saved) in found.iter_mut().zip(saved) {
         found.shard.start(now, saved);
+    }
+    let tally = found.iter().fold(Tally::default(), |mut tally, found| {
+        tally.add(found.shard.tally());
+        tally
+    });
+    let held_keys: u64 = found.iter().map(|found| found.held_keys).sum();
+    if held_keys > tally.held_keys {
+        let more = held_keys - tally.held_keys;
+        return Err(refuse(NotPlaced::Holds { more }));
     }
     let used_pages = found
         .iter()
@@ -254,10 +276,26 @@ fn read(
         if begun {
             expect_segments(&mut device)?;
         }
-        let mut shard = Shard::new(core_options(options, old, number));
-        let report = inspect_with(&mut device, old.log(number), &mut shard)?;
+        let options = core_options(options, old, number);
+        let log = old.log(number);
+        let mut shard = Shard::new(options);
+        shard.keep_failures();
+        let report = inspect_records(&mut device, log, &mut |position, schema, body| {
+            shard.replay(position, schema, body).map_err(|_| ())
+        })?;
+        // A hold whose failure is gone from the log is known to a snapshot alone.
+        let mut held_keys = 0;
+        if shard.may_hold_keys() {
+            let mut known = Shard::new(options);
+            inspect_with(&mut device, log, &mut known)?;
+            let logged_ms = known.last_logged_ms();
+            let mono_ns = 0;
+            known.start(Now { mono_ns, logged_ms }, Lsn(0));
+            held_keys = known.tally().held_keys;
+        }
         Ok(Found {
             shard,
+            held_keys,
             segments: report.segments,
         })
     };

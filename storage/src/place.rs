@@ -82,14 +82,6 @@ impl fmt::Display for PlaceError {
                 "the new log of shard {} does not read back, and the old ones stay: {error}",
                 shard.0
             ),
-            PlaceError::Differs { old, new } if old.held_keys != new.held_keys => write!(
-                f,
-                "of {} ordering keys that a failure holds {} have a failure that is not kept any more, and such a hold \
-                 cannot be placed: let the keys go (set the function's on_failure), or start with the shards that the \
-                 directory has",
-                old.held_keys,
-                old.held_keys.saturating_sub(new.held_keys)
-            ),
             PlaceError::Differs { old, new } => write!(
                 f,
                 "the new logs do not hold what the old ones do, which stay: {old:?} became {new:?}"
@@ -208,7 +200,8 @@ fn carry_log<D: Device, N: Device>(
                 said(std::mem::take(&mut unsaid));
             }
             let record = read_record(schema, body).map_err(|_| ())?;
-            let moved = shard.moved(position, &record);
+            let lost = shard.lost_failure(&record);
+            let moved = lost.or_else(|| shard.moved(position, &record));
             let Some(moved) = moved.filter(|m| matches!(m, Moved::Outcome { .. }) == outcomes)
             else {
                 return Ok(());

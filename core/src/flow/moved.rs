@@ -7,13 +7,14 @@ use crate::{
         clean::NAME_LIVE_BYTES,
     },
     id::{CellId, FunctionId, Lsn, RequestId},
+    limits::RECORD_BYTES_MAX,
     planted::{Bug, planted},
     record::{
-        ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, BatchSpace, Placed, Record,
-        RelocatedNameRecordV1, RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema,
-        record_bytes,
+        ArchivedOutcomeRecordV1, ArchivedRelocatedOutcomeRecordV1, ArchivedTaskRecordV1,
+        BatchSpace, Placed, Record, RelocatedNameRecordV1, RelocatedOutcomeRecordV1,
+        RelocatedTaskRecordV1, Schema, record_bytes,
     },
-    shard::Shard,
+    shard::{Lane, Shard},
     state::State,
     table::task::*,
 };
@@ -152,6 +153,19 @@ impl Shard {
                 held,
             ]);
         }
+        for (request, failure) in &self.replayed.lost {
+            tally.finished += 1;
+            tally.hash(&[
+                request.0,
+                u128::from(failure.function.0),
+                State::Failed as u128,
+                u128::from(failure.token.attempt) << 8 | u128::from(failure.retries),
+                0,
+                u128::from(failure.ended_ms),
+                1,
+                0,
+            ]);
+        }
         for (_, name) in self.names.iter() {
             let until_ms = name.request.accepted_ms() + self.options.dedup_window_ms;
             if until_ms > self.now.logged_ms {
@@ -163,6 +177,11 @@ impl Shard {
         tally
     }
 
+    /// True if a failure of some function holds its task's ordering key.
+    pub fn may_hold_keys(&self) -> bool {
+        self.lanes.iter().any(Lane::holds_keys)
+    }
+
     /// About how many bytes of records each task and each name needs elsewhere, by its cell.
     pub fn weigh(&self, mut each: impl FnMut(CellId, u64)) {
         let bare = record_bytes(0) as u64;
@@ -171,6 +190,11 @@ impl Shard {
                 let bytes = u64::from(task.record_bytes() + task.outcome_bytes());
                 each(task.cell(), bytes + 2 * bare);
             }
+        }
+        for (request, failure) in &self.replayed.lost {
+            // The length of its own record is not known here.
+            let bytes = u64::from(failure.outcome_bytes) + RECORD_BYTES_MAX as u64;
+            each(request.cell(), bytes + bare);
         }
         for (_, name) in self.names.iter() {
             each(name.request.cell(), NAME_LIVE_BYTES + bare);
@@ -204,6 +228,47 @@ impl Shard {
             }
             Record::Lease(_) | Record::Move(_) | Record::Config(_) | Record::Clock(_) => None,
         }
+    }
+
+    /// As [`Shard::moved`], for a failed task that is not in memory any more and still holds its ordering key: the hold is
+    /// known by its records alone. Only after [`Shard::keep_failures`].
+    pub fn lost_failure<'r>(&self, record: &Record<'r>) -> Option<Moved<'r>> {
+        let lost = |request| self.replayed.lost.get(&request);
+        let task = match *record {
+            Record::Task(task) => task,
+            Record::RelocatedTask(relocated) => &relocated.task,
+            Record::Outcome(outcome)
+            | Record::RelocatedOutcome(ArchivedRelocatedOutcomeRecordV1 { outcome, .. }) => {
+                let failure = lost(RequestId(outcome.request.to_native()))?;
+                let record = RelocatedOutcomeRecordV1 {
+                    outcome: outcome.to_record(),
+                    from: failure.outcome.0,
+                };
+                return (outcome.holds_key == 1).then_some(Moved::Outcome { record });
+            }
+            Record::Lease(_)
+            | Record::Move(_)
+            | Record::Config(_)
+            | Record::Clock(_)
+            | Record::RelocatedName(_) => return None,
+        };
+        let failure = lost(task.request())?;
+        let record = RelocatedTaskRecordV1 {
+            task: task.to_record(),
+            from: 0,
+            at_ms: self.now.logged_ms,
+            due_ms: failure.ended_ms,
+            outcome: failure.outcome.0,
+            outcome_bytes: failure.outcome_bytes,
+            max_age_s: task.max_age_s.to_native(),
+            generation: failure.token.generation,
+            attempt: failure.token.attempt,
+            state: State::Failed as u8,
+            retries: failure.retries,
+            holds_key: 1,
+        };
+        let name = self.hash_of(failure.function, &task.key, &task.task_id);
+        Some(Moved::Task { record, name })
     }
 
     fn moved_task<'r>(

@@ -34,6 +34,7 @@ impl Shard {
         self.find_heads(&unfinished);
         self.put_in_place(&unfinished);
         self.drop_empty_keys();
+        self.find_lost_failures();
         self.count_names();
         self.start_history(saved, self.replayed.behind);
         self.replaying = false;
@@ -198,6 +199,15 @@ impl Shard {
             if key.members == 0 && !key.held {
                 self.keys_by_hash.remove(key.hash);
                 self.keys.remove(index);
+            }
+        }
+    }
+
+    /// Of the failures that hold keys, those that are not in memory.
+    fn find_lost_failures(&mut self) {
+        for (key, failure) in self.replayed.failures.take().unwrap_or_default() {
+            if self.keys[key].held && self.tasks.find(failure.request).is_none() {
+                self.replayed.lost.insert(failure.request, failure);
             }
         }
     }
