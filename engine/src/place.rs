@@ -210,7 +210,7 @@ pub(crate) fn place(
     if let Some(free) = free.filter(|free| *free < needed) {
         return Err(refuse(NotPlaced::Space { needed, free }));
     }
-    let written = write(directory, &old, &new, &found, options).and_then(|written| {
+    let written = write(directory, &old, &new, &mut found, options).and_then(|written| {
         let mut tally = Tally::default();
         found
             .iter()
@@ -345,7 +345,7 @@ fn write(
     directory: &DataDirectory,
     old: &Manifest,
     new: &Manifest,
-    found: &[Found],
+    found: &mut [Found],
     options: &Options,
 ) -> Result<Written, OpenError> {
     let refuse = |why| {
@@ -365,7 +365,7 @@ fn write(
         .map(|(shard, found)| Source {
             device: FileDevice::new(&directory.shard(shard)),
             options: old.log(shard),
-            shard: &found.shard,
+            shard: &mut found.shard,
             segments: found.segments,
         })
         .collect();

@@ -404,7 +404,7 @@ fn a_crash_at_any_step_leaves_one_whole_set_of_logs_and_the_next_start_removes_t
                 for name in new_names.iter().take(made) {
                     copy(&new.join(name), &directory.join(name));
                 }
-                if torn && let Some(name) = new_names.iter().take(made).last() {
+                if torn && let Some(name) = new_names.iter().take(made).next_back() {
                     tear(&directory.join(name));
                 }
                 if torn {
@@ -428,7 +428,7 @@ fn a_crash_at_any_step_leaves_one_whole_set_of_logs_and_the_next_start_removes_t
                 for name in old_names.iter().take(left) {
                     copy(&old.join(name), &directory.join(name));
                 }
-                if torn && let Some(name) = old_names.iter().take(left).last() {
+                if torn && let Some(name) = old_names.iter().take(left).next_back() {
                     tear(&directory.join(name));
                 }
             };

@@ -100,7 +100,7 @@ pub struct Source<'s, D> {
     /// What identifies the log.
     pub options: Options,
     /// Its facts.
-    pub shard: &'s Shard,
+    pub shard: &'s mut Shard,
     /// Segments of the log.
     pub segments: u64,
 }
@@ -188,7 +188,7 @@ fn carry_log<D: Device, N: Device>(
     written: &mut Written,
     said: &mut dyn FnMut(u64),
 ) -> Result<(), PlaceError> {
-    let shard = old.shard;
+    let shard = &mut *old.shard;
     let mut failed = None;
     let mut unsaid = 0;
     let read = inspect_records(
@@ -200,6 +200,7 @@ fn carry_log<D: Device, N: Device>(
                 said(std::mem::take(&mut unsaid));
             }
             let record = read_record(schema, body).map_err(|_| ())?;
+            shard.keep_small();
             let lost = shard.lost_failure(&record);
             let moved = lost.or_else(|| shard.moved(position, &record));
             let Some(moved) = moved.filter(|m| matches!(m, Moved::Outcome { .. }) == outcomes)

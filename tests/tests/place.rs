@@ -61,7 +61,7 @@ async fn listed(client: &Client) -> Vec<String> {
 #[tokio::test]
 async fn killed_and_started_with_other_shards_a_server_finds_every_task_and_ends_it_once() {
     let mut server = Server::start(ServerOptions { shards: 3 });
-    let client = server.client().await;
+    let mut client = server.client().await;
     for function in ["run", "parked", "long"] {
         let make = format!(r#"{{"function": "{function}"}}"#);
         client.query(Operation::FunctionSet, &make).await.unwrap();
@@ -110,6 +110,7 @@ async fn killed_and_started_with_other_shards_a_server_finds_every_task_and_ends
             }
         }
         server.restart();
+        client = server.client().await;
         let (printed, _) = server.output();
         let placed = format!(" shards on {shards}: ");
         let was_placed = printed

@@ -124,10 +124,7 @@ impl Shard {
     /// Counts the tasks, names and held keys of a shard that has started and has not stepped.
     pub fn tally(&self) -> Tally {
         let mut tally = Tally::default();
-        for slot in 0..self.tasks.used() {
-            let Some(task) = self.tasks.get(slot) else {
-                continue;
-            };
+        self.tasks.scan(0..self.tasks.used(), |slot, task| {
             let state = task.state();
             let (due_ms, ended_ms, outcome) = match state {
                 State::Scheduled | State::Retrying => (task.at, 0, false),
@@ -143,7 +140,7 @@ impl Shard {
                 false => &mut tally.unfinished,
             } += 1;
             tally.hash(&[
-                self.tasks.request(slot).0,
+                self.request_of(slot, task).0,
                 u128::from(task.function.0),
                 state as u128,
                 u128::from(task.attempt) << 8 | u128::from(task.retries()),
@@ -152,7 +149,7 @@ impl Shard {
                 u128::from(outcome),
                 held,
             ]);
-        }
+        });
         for (request, failure) in &self.replayed.lost {
             tally.finished += 1;
             tally.hash(&[
@@ -185,12 +182,10 @@ impl Shard {
     /// About how many bytes of records each task and each name needs elsewhere, by its cell.
     pub fn weigh(&self, mut each: impl FnMut(CellId, u64)) {
         let bare = record_bytes(0) as u64;
-        for slot in 0..self.tasks.used() {
-            if let Some(task) = self.tasks.get(slot) {
-                let bytes = u64::from(task.record_bytes() + task.outcome_bytes());
-                each(task.cell(), bytes + 2 * bare);
-            }
-        }
+        self.tasks.scan(0..self.tasks.used(), |_, task| {
+            let bytes = u64::from(task.record_bytes() + task.outcome_bytes());
+            each(task.cell(), bytes + 2 * bare);
+        });
         for (request, failure) in &self.replayed.lost {
             // The length of its own record is not known here.
             let bytes = u64::from(failure.outcome_bytes) + RECORD_BYTES_MAX as u64;
@@ -203,9 +198,25 @@ impl Shard {
 
     /// One past the highest page of slots in which a task of this shard lives, as ids number them.
     pub fn pages_end(&self) -> u32 {
-        let slots = (0..self.tasks.used()).filter(|&slot| self.tasks.get(slot).is_some());
-        let pages = slots.map(|slot| self.tasks.request(slot).slot().0 / TASKS_PER_PAGE as u32 + 1);
-        pages.max().unwrap_or(0)
+        let mut end = 0;
+        self.tasks.scan(0..self.tasks.used(), |slot, task| {
+            let page = self.request_of(slot, task).slot().0 / TASKS_PER_PAGE as u32;
+            end = end.max(page + 1);
+        });
+        end
+    }
+
+    /// The identity of a task, wherever its page is.
+    fn request_of(&self, slot: u32, task: &Task) -> RequestId {
+        let index = self.tasks.index(slot);
+        let index = index.expect("a slot with a task has a number");
+        RequestId::new(task.cell(), task.accepted_ms(), task.seq(), index)
+    }
+
+    /// Keeps the table of tasks as small as it is while the shard serves: to be called between two calls of
+    /// [`Shard::moved`].
+    pub fn keep_small(&mut self) {
+        self.tasks.pack(1);
     }
 
     /// The running number of the next task.
@@ -351,7 +362,7 @@ impl Shard {
         let known = self.names.get(name)?;
         let lives =
             known.request == request && u64::from(known.segment) == self.segment_of(position);
-        lives.then(|| Moved::Name {
+        lives.then_some(Moved::Name {
             record: RelocatedNameRecordV1 {
                 request: request.0,
                 payload_hash: known.payload_hash,
