@@ -36,7 +36,7 @@ use crate::{
     embedded::Embedded,
     history::{History, HistoryOptions, Writer},
     inbox::{Outbox, ShardInbox},
-    place::{PlaceProgress, Placed, PlacingError, clear, place},
+    place::{Placed, PlacingError, clear, place},
     progress::Progress,
     quarantine::{Quarantine, stand_in},
     routes::{RoutePointer, Routes},
@@ -52,8 +52,6 @@ pub struct Options {
     /// Shards. `None` for those that an existing data directory has, and in a new one for half the cores, at least one. Where
     /// an existing directory has another number its tasks are placed on so many: see [`Engine::placed`].
     pub shards: Option<u16>,
-    /// Hears about once a second how far that is.
-    pub placing: Option<fn(PlaceProgress)>,
     /// Cores to pin the shards to, in turn; empty to leave them to the scheduler.
     pub pin: Vec<usize>,
     /// How long a shard looks for work, at most, before it sleeps; zero to sleep at once. It yields its core meanwhile.
@@ -88,7 +86,6 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             shards: None,
-            placing: None,
             pin: Vec::new(),
             linger: Duration::ZERO,
             segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
@@ -216,7 +213,7 @@ impl Engine {
         let asked = options.shards;
         let placed = match known.zip(asked) {
             Some((manifest, asked)) if manifest.shards != asked => {
-                Some(place(&mut directory, &options, asked)?)
+                Some(place(&mut directory, manifest, &options, asked)?)
             }
             Some(_) | None => None,
         };

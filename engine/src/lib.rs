@@ -52,7 +52,7 @@ pub mod embedded;
 
 pub use edge::Edge;
 pub use engine::{Closed, Engine, OpenError, Options};
-pub use place::{NotPlaced, PlaceProgress, Placed, PlacingError};
+pub use place::{NotPlaced, Placed, PlacingError};
 pub use progress::Progress;
 pub use quarantine::Quarantine;
 

@@ -32,23 +32,10 @@ use crate::{
     shard_loop::{free_bytes, wall_ms},
 };
 
-/// How often it is said how far it is.
-const SAY_EVERY: Duration = Duration::from_secs(1);
 /// Pages of slots that may be in use before ids could run out of them: half of all.
 const PAGES_MAX: u32 = 1 << 21;
 /// What a segment may lose at its end.
 const SEGMENT_END_BYTES: u64 = RECORD_BYTES_MAX as u64 + (256 << 10);
-
-/// How far placing is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PlaceProgress {
-    /// Shards before.
-    pub from: u16,
-    /// Shards after.
-    pub to: u16,
-    /// Hundredths of the logs that have been gone through.
-    pub percent: u8,
-}
 
 /// What was placed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -156,16 +143,26 @@ struct Found {
     segments: u64,
 }
 
-/// Places the tasks of a directory on so many shards, and makes these the directory's.
+/// Places the tasks of the directory that `old` describes on so many shards, and makes these the directory's.
 pub(crate) fn place(
     directory: &mut DataDirectory,
+    old: Manifest,
+    options: &Options,
+    to: u16,
+) -> Result<Placed, OpenError> {
+    options.progress.set_placing(Some((old.shards, to)));
+    let placed = place_all(directory, old, options, to);
+    options.progress.set_placing(None);
+    placed
+}
+
+fn place_all(
+    directory: &mut DataDirectory,
+    old: Manifest,
     options: &Options,
     to: u16,
 ) -> Result<Placed, OpenError> {
     let begun = Instant::now();
-    let Some(old) = directory.manifest() else {
-        unreachable!("a new directory has nothing to be placed");
-    };
     let from = old.shards;
     let refuse = |why| OpenError::Placing(Box::new(PlacingError { from, to, why }));
     if to == 0 || usize::from(to) > SHARD_COUNT_MAX {
@@ -369,18 +366,8 @@ fn write(
             segments: found.segments,
         })
         .collect();
-    let mut said = Instant::now();
     let carried = carry(&mut sources, logs, &mut |done, all| {
-        if let Some(say) = options.placing
-            && said.elapsed() >= SAY_EVERY
-        {
-            said = Instant::now();
-            say(PlaceProgress {
-                from: old.shards,
-                to: new.shards,
-                percent: (done * 100 / all.max(1)) as u8,
-            });
-        }
+        options.progress.set_bytes(done, all);
     });
     let (devices, written) = carried.map_err(|error| refuse(NotPlaced::Carry(error)))?;
     drop(devices);

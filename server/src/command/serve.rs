@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Args;
-use pelton_engine::{Closed, Engine, Options, Placed, Progress, PlaceProgress, Quarantine};
+use pelton_engine::{Closed, Engine, Options, Placed, Progress, Quarantine};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -83,7 +83,6 @@ fn serve(config: &Config) -> Result<(), String> {
     let progress = Arc::new(Progress::default());
     let options = Options {
         shards: config.shards.value,
-        placing: Some(|progress| eprintln!("{}", progress_line(progress))),
         pin: if roomy {
             (0..cores / 2).collect()
         } else {
@@ -166,19 +165,6 @@ fn serve(config: &Config) -> Result<(), String> {
     }
     println!("{}", closing_line(end.elapsed(), &closed));
     Ok(())
-}
-
-/// How far it is, about once a second.
-fn progress_line(progress: PlaceProgress) -> String {
-    format!(
-        "placing {} on {}: {} %",
-        match progress.from {
-            1 => "the tasks of 1 shard".to_owned(),
-            shards => format!("the tasks of {shards} shards"),
-        },
-        progress.to,
-        progress.percent
-    )
 }
 
 /// What became of the tasks of another number of shards.
@@ -273,16 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn placing_says_how_far_it_is_and_what_it_did() {
-        let progress = PlaceProgress {
-            from: 3,
-            to: 5,
-            percent: 41,
-        };
-        assert_eq!(
-            progress_line(progress),
-            "placing the tasks of 3 shards on 5: 41 %"
-        );
+    fn placing_says_what_it_did() {
         let placed = Placed {
             from: 3,
             to: 5,
