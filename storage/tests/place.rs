@@ -45,7 +45,7 @@ fn shard_options(manifest: &Manifest, shard: u16) -> ShardOptions {
         segment_bytes: SEGMENT_BYTES,
         first_page: manifest.first_page,
         page_shift: manifest.page_shift,
-        finished_max: 30,
+        finished_max: 40,
         ..ShardOptions::default()
     }
 }
@@ -127,7 +127,7 @@ fn old_log(manifest: &Manifest, shard: u16) -> MemoryDevice {
         .filter(|cell| shard_of(CellId(*cell), manifest.shards).0 == shard)
         .collect();
     let big = vec![shard as u8; 100_000];
-    for n in 0..200u64 {
+    for n in 0..900u64 {
         let cell = CellId(cells[n as usize * 37 % cells.len()]);
         // Pages go round the shards.
         let slot = SlotIndex(u32::from(shard) * 1024 + n as u32);
@@ -272,8 +272,12 @@ fn all_that_lives_is_in_the_new_logs_when_the_power_fails_right_behind_it() {
         let (disks, written) = carried.result.unwrap();
         assert!(written.bytes > 4 << 20, "{written:?}");
         assert!(carried.old.held_keys > 0 && carried.old.names > 0);
-        assert!(written.names > 0, "names outlive their tasks");
-        assert!(carried.said.is_sorted() && carried.said.len() > 8);
+        assert!(written.names > 0, "names outlive their tasks: {written:?}");
+        assert!(
+            carried.said.is_sorted() && carried.said.len() > 4,
+            "{:?}",
+            carried.said
+        );
         let last = carried.said.last().unwrap();
         assert_eq!(last.0, last.1);
         let mut tally = Tally::default();
@@ -286,7 +290,7 @@ fn all_that_lives_is_in_the_new_logs_when_the_power_fails_right_behind_it() {
             inspect_with(&mut disk, carried.new.log(shard), &mut known).unwrap();
             known.start(NOW, Lsn(0));
             assert_eq!(known.directory().version(), 2);
-            assert_eq!(known.next_seq(), 201);
+            assert_eq!(known.next_seq(), 901);
             tally.add(known.tally());
         }
         assert_eq!(tally, carried.old, "{old} shards on {new}");
