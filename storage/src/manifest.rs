@@ -423,6 +423,11 @@ mod tests {
     #[test]
     fn a_manifest_of_the_version_before_is_read() {
         let path = Path::new("MANIFEST");
+        let kept = "pelton-data 1\nlog_id 0123456789abcdef0123456789abcdef\ngeneration 1\nshards 2\n\
+                    segment_bytes 67108864\ncrc32c 7c8b3508\n";
+        let read = decode(kept, path).unwrap();
+        assert_eq!((read.shards, read.segment_bytes), (2, 64 << 20));
+        assert!(!read.places_are_apart());
         for (shards, apart) in [(1, true), (3, false)] {
             let manifest = Manifest {
                 page_shift: 0,
