@@ -27,7 +27,6 @@ use pelton_core::{
 use pelton_history::StoreError;
 use pelton_storage::{
     device::DeviceError,
-    log::Options as LogOptions,
     manifest::{DIRECTORY_VERSION, DataDirectory, DirectoryError, Manifest, has_begun},
     recover::Report,
 };
@@ -37,6 +36,7 @@ use crate::{
     embedded::Embedded,
     history::{History, HistoryOptions, Writer},
     inbox::{Outbox, ShardInbox},
+    place::{Placed, PlacingError, clear, place},
     progress::Progress,
     quarantine::{Quarantine, stand_in},
     routes::{RoutePointer, Routes},
@@ -49,7 +49,8 @@ const GLOMMIO_IO_BYTES: usize = 64 << 10;
 /// How an engine is opened. The defaults suit a machine that it has to itself.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Shards of a new data directory; `None` for half the cores, at least one. An existing directory keeps its own.
+    /// Shards. `None` for those that an existing data directory has, and in a new one for half the cores, at least one. Where
+    /// an existing directory has another number its tasks are placed on so many: see [`Engine::placed`].
     pub shards: Option<u16>,
     /// Cores to pin the shards to, in turn; empty to leave them to the scheduler.
     pub pin: Vec<usize>,
@@ -114,6 +115,8 @@ pub enum OpenError {
     Device(DeviceError),
     /// More shards than there may be.
     Shards { asked: usize },
+    /// The directory has another number of shards, and its tasks cannot be placed on as many as were asked for.
+    Placing(Box<PlacingError>),
     /// The history.
     History(StoreError),
     /// A thread or executor could not be made.
@@ -136,6 +139,7 @@ impl fmt::Display for OpenError {
                 f,
                 "{asked} shards were asked for; from 1 to {SHARD_COUNT_MAX} are possible"
             ),
+            OpenError::Placing(error) => error.fmt(f),
             OpenError::History(error) => error.fmt(f),
             OpenError::Thread(error) => write!(f, "a shard's thread could not be started: {error}"),
         }
@@ -186,6 +190,7 @@ pub struct Engine {
     /// The thread that writes the history, and the word that it has ended.
     writer: Mutex<Option<(thread::JoinHandle<()>, Receiver<()>)>>,
     reports: Vec<Report>,
+    placed: Option<Placed>,
     options: Options,
     directory: DataDirectory,
     pub(crate) embedded: OnceLock<Embedded>,
@@ -205,7 +210,14 @@ impl Engine {
         let mut directory =
             DataDirectory::open(directory.as_ref()).map_err(OpenError::Directory)?;
         let known = directory.manifest();
-        let manifest = match known {
+        let asked = options.shards;
+        let placed = match known.zip(asked) {
+            Some((manifest, asked)) if manifest.shards != asked => {
+                Some(place(&mut directory, manifest, &options, asked)?)
+            }
+            Some(_) | None => None,
+        };
+        let manifest = match directory.manifest() {
             Some(manifest) => manifest,
             None => {
                 let shards = options.shards.unwrap_or_else(default_shards);
@@ -214,12 +226,7 @@ impl Engine {
                         asked: usize::from(shards),
                     });
                 }
-                let manifest = Manifest {
-                    log_id: random(),
-                    generation: 1,
-                    shards,
-                    segment_bytes: options.segment_bytes,
-                };
+                let manifest = Manifest::new(random(), shards, options.segment_bytes);
                 directory.write(manifest).map_err(OpenError::Directory)?;
                 manifest
             }
@@ -268,6 +275,7 @@ impl Engine {
             writer: Mutex::new(None),
             ended: Mutex::new((ended, Vec::new())),
             reports: Vec::new(),
+            placed,
             options,
             directory,
             embedded: OnceLock::new(),
@@ -344,8 +352,7 @@ impl Engine {
         };
         if !options.retention.is_zero() {
             let folder = self.directory.path().join("history");
-            let history = History::open(&folder, manifest.log_id, manifest.shards, options)
-                .map_err(OpenError::History)?;
+            let history = History::open(&folder, manifest, options).map_err(OpenError::History)?;
             self.shared.history.get_or_init(|| Arc::new(history));
         }
         Ok(())
@@ -357,7 +364,7 @@ impl Engine {
             return Ok(());
         };
         let logs: Vec<_> = (0..manifest.shards)
-            .map(|shard| (self.directory.shard(shard), log_options(manifest, shard)))
+            .map(|shard| (self.directory.shard(shard), manifest.log(shard)))
             .collect();
         let writer = Writer::new(Arc::clone(history), Arc::clone(&self.shared), logs);
         let (ended_sender, ended) = channel();
@@ -390,8 +397,11 @@ impl Engine {
             let place = &self.shared.quarantined[usize::from(quarantine.shard.0)];
             let _ = place.set(quarantine.clone());
         }
-        if quarantined.is_empty() && !has_begun(self.directory.path()) {
-            self.directory.note_begun().map_err(OpenError::Directory)?;
+        if quarantined.is_empty() {
+            clear(&self.directory);
+            if !has_begun(self.directory.path()) {
+                self.directory.note_begun().map_err(OpenError::Directory)?;
+            }
         }
         Ok(())
     }
@@ -414,6 +424,11 @@ impl Engine {
     /// How the log of each shard that is served was found.
     pub fn reports(&self) -> &[Report] {
         &self.reports
+    }
+
+    /// What this start placed on another number of shards than the directory had; `None` if it has the same.
+    pub fn placed(&self) -> Option<Placed> {
+        self.placed
     }
 
     /// Shards.
@@ -572,11 +587,25 @@ fn missing(truth: &Directory, behind: &Directory) -> Vec<Control> {
         .collect()
 }
 
-fn log_options(manifest: &Manifest, shard: u16) -> LogOptions {
-    LogOptions {
-        shard,
-        log_id: manifest.log_id,
+/// What the state machine of a shard is made with.
+pub(crate) fn core_options(options: &Options, manifest: &Manifest, shard: u16) -> CoreOptions {
+    let history_lag_max = match options.history_retention.is_zero() {
+        true => 0,
+        false => options.history_lag_max.max(1),
+    };
+    CoreOptions {
+        shard: ShardId(shard),
+        shards: manifest.shards,
+        first_page: manifest.first_page,
+        page_shift: manifest.page_shift,
         segment_bytes: manifest.segment_bytes,
+        seed: random() as u64,
+        payload_bytes_max: options.payload_bytes_max as u32,
+        finished_max: options.finished_max,
+        finished_bytes_max: options.finished_bytes_max,
+        history_lag_max,
+        lease_ms: options.lease.as_millis() as u64,
+        ..CoreOptions::default()
     }
 }
 
@@ -587,24 +616,9 @@ fn setup(
     directory: &DataDirectory,
     shared: &Arc<Shared>,
 ) -> Setup {
-    let history_lag_max = match options.history_retention.is_zero() {
-        true => 0,
-        false => options.history_lag_max.max(1),
-    };
     Setup {
-        core: CoreOptions {
-            shard: ShardId(shard),
-            shards: manifest.shards,
-            segment_bytes: manifest.segment_bytes,
-            seed: random() as u64,
-            payload_bytes_max: options.payload_bytes_max as u32,
-            finished_max: options.finished_max,
-            finished_bytes_max: options.finished_bytes_max,
-            history_lag_max,
-            lease_ms: options.lease.as_millis() as u64,
-            ..CoreOptions::default()
-        },
-        log: log_options(manifest, shard),
+        core: core_options(options, manifest, shard),
+        log: manifest.log(shard),
         directory: directory.shard(shard),
         begun: has_begun(directory.path()),
         progress: Arc::clone(&options.progress),
@@ -631,7 +645,7 @@ pub fn directory_version() -> u32 {
     DIRECTORY_VERSION
 }
 
-/// The folder of a shard's log.
+/// The folder of a shard's log, as the directory's manifest says.
 pub fn shard_folder(directory: &Path, shard: u16) -> PathBuf {
     pelton_storage::manifest::shard_folder(directory, shard)
 }

@@ -27,6 +27,7 @@ use pelton_core::{
 use pelton_history::{Batch, Filter, Limits, Row, Stats as StoreStats, Store, StoreError};
 use pelton_storage::{
     log::Options as LogOptions,
+    manifest::Manifest,
     reader::{Reader, Wanted},
 };
 
@@ -119,11 +120,12 @@ pub(crate) struct HistoryOptions {
 impl History {
     pub(crate) fn open(
         folder: &Path,
-        identity: u128,
-        shards: u16,
+        manifest: &Manifest,
         options: HistoryOptions,
     ) -> Result<History, StoreError> {
-        let store = Store::open(folder, identity)?;
+        let shards = manifest.shards;
+        let store = Store::open(folder, manifest.log_id)?;
+        store.enter(manifest.generation)?;
         let stats = HistoryStats {
             store: store.stats()?,
             ..HistoryStats::default()

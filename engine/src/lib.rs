@@ -4,8 +4,9 @@
 //!
 //! Reading order: `engine` opens and closes; `inbox` is what lies between the threads, on `sync` and `bell`; `routes`
 //! where a task goes; `linger` how a thread waits; `sleep` how a shard sleeps; `outgoing` what a shard has to say;
-//! `shard_loop` the loop of a shard, `progress` how far its start is, and `quarantine` what stands in for one that cannot be served; `history` takes what
-//! has ended from the shards to the disk; `edge` is the handle of whoever talks to the world; `info` and `stats` what
+//! `shard_loop` the loop of a shard, `progress` how far its start is, and `quarantine` what stands in for one that cannot
+//! be served; `place` is a start with another number of shards; `history` takes what has ended from the shards to the
+//! disk; `edge` is the handle of whoever talks to the world; `info` and `stats` what
 //! queries bring, `listing` how a list is put together; `embedded` the API for embedding, and `calls` how its calls reach
 //! its thread.
 
@@ -30,6 +31,9 @@ pub mod progress;
 mod shard_loop;
 
 pub mod history;
+
+pub mod place;
+
 pub mod quarantine;
 
 pub mod listing;
@@ -48,6 +52,7 @@ pub mod embedded;
 
 pub use edge::Edge;
 pub use engine::{Closed, Engine, OpenError, Options};
+pub use place::{NotPlaced, Placed, PlacingError};
 pub use progress::Progress;
 pub use quarantine::Quarantine;
 

@@ -19,9 +19,32 @@ pub struct Progress {
     read: AtomicU64,
     of: AtomicU64,
     records: AtomicU64,
+    /// Numbers of shards before and after, while tasks are placed on another number of them.
+    placing: AtomicU64,
 }
 
 impl Progress {
+    /// The numbers of shards from which and on which tasks are being placed; [`Progress::bytes`] counts what is gone
+    /// through of the old logs meanwhile. `None` while logs are read to be served.
+    pub fn placing(&self) -> Option<(u16, u16)> {
+        let placing = self.placing.load(Relaxed);
+        (placing > 0).then_some(((placing >> 16) as u16, placing as u16))
+    }
+
+    /// Tasks are being placed, or that is over.
+    pub(crate) fn set_placing(&self, placing: Option<(u16, u16)>) {
+        let (from, to) = placing.unwrap_or_default();
+        self.placing
+            .store(u64::from(from) << 16 | u64::from(to), Relaxed);
+        self.set_bytes(0, 0);
+        self.records.store(0, Relaxed);
+    }
+
+    pub(crate) fn set_bytes(&self, read: u64, of: u64) {
+        self.read.store(read, Relaxed);
+        self.of.store(of, Relaxed);
+    }
+
     /// Bytes that were read, and about how many are to be read by the shards that have begun.
     pub fn bytes(&self) -> (u64, u64) {
         (self.read.load(Relaxed), self.of.load(Relaxed))

@@ -123,7 +123,8 @@ pub(crate) struct ShardLoop {
     stats: ShardStats,
 }
 
-fn wall_ms() -> u64 {
+/// Milliseconds since 1970 by the machine's clock.
+pub(crate) fn wall_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_millis() as u64)
 }
@@ -603,7 +604,7 @@ impl Drop for Gone<'_> {
 }
 
 /// Bytes that the file system of `directory` still gives to this process.
-fn free_bytes(directory: &std::path::Path) -> Option<u64> {
+pub(crate) fn free_bytes(directory: &std::path::Path) -> Option<u64> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(directory.as_os_str().as_bytes()).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();

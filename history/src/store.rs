@@ -266,6 +266,24 @@ impl Store {
         })
     }
 
+    /// The data directory has this generation of shards. Positions are those of its logs: what is known of an earlier
+    /// generation's is forgotten, and what their shards handed over is handed over again by those of this one.
+    pub fn enter(&self, generation: u64) -> Result<(), StoreError> {
+        let known = self.look(|look| {
+            let about = look.open_table(ABOUT)?;
+            Ok(about.get("generation")?.map_or(1, |known| known.value()))
+        })?;
+        if known == u128::from(generation) {
+            return Ok(());
+        }
+        self.change(|change| {
+            change.open_table(SAVED)?.retain(|_, _| false)?;
+            let mut about = change.open_table(ABOUT)?;
+            about.insert("generation", u128::from(generation))?;
+            Ok(())
+        })
+    }
+
     /// After an error the database below takes nothing more: it is closed and opened again.
     pub fn reopen(&self) -> Result<(), StoreError> {
         let mut database = match self.database.write() {

@@ -309,6 +309,25 @@ fn rows_go_when_they_are_too_old_or_too_many_and_nothing_of_them_stays() {
 }
 
 #[test]
+fn another_generation_of_shards_begins_with_no_position_and_all_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path(), 7).unwrap();
+    write(&store, 0..100, false);
+    store.enter(1).unwrap();
+    assert_eq!(store.saved(1).unwrap(), Lsn(100), "the first one");
+    store.enter(2).unwrap();
+    assert_eq!(store.saved(1).unwrap(), Lsn(0));
+    assert_eq!(store.stats().unwrap().rows, 100);
+    // Shards of the new generation hand over what they have, and a start in it forgets nothing.
+    write(&store, 90..110, true);
+    drop(store);
+    let store = Store::open(folder.path(), 7).unwrap();
+    store.enter(2).unwrap();
+    assert_eq!(store.saved(1).unwrap(), Lsn(20));
+    assert_eq!(store.stats().unwrap().rows, 110);
+}
+
+#[test]
 fn a_store_of_another_directory_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     drop(Store::open(folder.path(), 7).unwrap());

@@ -102,7 +102,8 @@ pub struct Setting<T> {
     pub source: Source,
 }
 
-/// Every setting. `None` for `shards` and `edges` means that the machine decides.
+/// Every setting. `None` for `edges` means that the machine decides, and for `shards` that the data directory does, or
+/// the machine for a new one.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Config {
     pub listen: Setting<SocketAddr>,

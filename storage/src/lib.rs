@@ -3,8 +3,8 @@
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
 //! log; `snapshot` what spares a start most of it; `read_ahead` reads its segments ahead for `recover`, which finds it
-//! again; `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is; `reader` reads
-//! records from another thread.
+//! again; `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is; `place` writes what
+//! lives in logs into others; `reader` reads records from another thread.
 
 pub mod format;
 
@@ -25,6 +25,8 @@ pub mod memory;
 pub mod file;
 
 pub mod manifest;
+
+pub mod place;
 
 #[cfg(feature = "device")]
 pub mod reader;

@@ -254,10 +254,31 @@ pub fn recover_with<D: Device>(
     replayer: &mut dyn Replayer,
 ) -> Result<(Log<D>, Report), RecoverError> {
     let survey = Survey::take(&mut device, options)?;
-    let mut reader = survey.reader(&mut device);
-    let range = find_range(&survey, &mut reader)?;
+    let (judged, loaded) = judge_with(&survey, &mut device, options, replayer)?;
+    settle(device, options, survey, judged, loaded)
+}
+
+/// As [`recover_with`], but nothing on the disk is changed, and no log follows.
+pub fn inspect_with<D: Device>(
+    device: &mut D,
+    options: Options,
+    replayer: &mut dyn Replayer,
+) -> Result<Report, RecoverError> {
+    let survey = Survey::take(device, options)?;
+    Ok(judge_with(&survey, device, options, replayer)?.0.report)
+}
+
+/// Loads a snapshot if one can be used, and replays what it does not spare.
+fn judge_with<D: Device>(
+    survey: &Survey,
+    device: &mut D,
+    options: Options,
+    replayer: &mut dyn Replayer,
+) -> Result<(Judged, Loaded), RecoverError> {
+    let mut reader = survey.reader(device);
+    let range = find_range(survey, &mut reader)?;
     let loaded = match &range {
-        Some(range) => load_snapshot(&survey, reader.device(), options, range, replayer),
+        Some(range) => load_snapshot(survey, reader.device(), options, range, replayer),
         None => Loaded::default(),
     };
     let end = range.as_ref().map_or(Lsn(0), |range| range.begun_end);
@@ -268,20 +289,19 @@ pub fn recover_with<D: Device>(
     };
     let of = loaded.bytes + end.0.saturating_sub(begin.0);
     let judged = follow(
-        &survey,
+        survey,
         &mut reader,
         range,
         loaded.start.as_ref(),
         &mut |header, batch| {
             let read = loaded.bytes + header.end().0.saturating_sub(begin.0);
             replayer.progress(read, of.max(read));
-            hand_on(&survey, header, batch, &mut |lsn, schema, body| {
+            hand_on(survey, header, batch, &mut |lsn, schema, body| {
                 replayer.replay(lsn, schema, body).map_err(|_| ())
             })
         },
     )?;
-    drop(reader);
-    settle(device, options, survey, judged, loaded)
+    Ok((judged, loaded))
 }
 
 /// What came of the snapshots.
@@ -347,6 +367,20 @@ pub fn inspect<D: Device>(
 ) -> Result<Report, RecoverError> {
     let survey = Survey::take(device, options)?;
     Ok(judge(&survey, &mut survey.reader(device), visit)?.report)
+}
+
+/// As [`inspect`], record by record.
+pub fn inspect_records<D: Device>(
+    device: &mut D,
+    options: Options,
+    replay: &mut Replay<'_>,
+) -> Result<Report, RecoverError> {
+    let survey = Survey::take(device, options)?;
+    let mut reader = survey.reader(device);
+    let judged = judge(&survey, &mut reader, &mut |header, batch| {
+        hand_on(&survey, header, batch, replay)
+    })?;
+    Ok(judged.report)
 }
 
 /// Refuses a directory that holds no segment at all. Only for a log that has begun: a new one is made in such a

@@ -422,12 +422,11 @@ fn the_manifest_reads_as_the_document_shows_it() {
     let folder = std::env::temp_dir().join(format!("pelton-format-{}", std::process::id()));
     let mut directory = DataDirectory::open(&folder).unwrap();
     directory
-        .write(Manifest {
-            log_id: 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
-            generation: 1,
-            shards: 2,
-            segment_bytes: SEGMENT_BYTES_DEFAULT as u64,
-        })
+        .write(Manifest::new(
+            0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
+            2,
+            SEGMENT_BYTES_DEFAULT as u64,
+        ))
         .unwrap();
     let written = std::fs::read_to_string(folder.join("MANIFEST")).unwrap();
     let first_shard_exists = folder.join("shard-000").is_dir();

@@ -84,6 +84,22 @@ impl Server {
         self.variables.push((name, value.to_string()));
     }
 
+    /// Has its next starts ask for so many shards.
+    pub fn set_shards(&mut self, shards: u16) {
+        self.options.shards = shards;
+    }
+
+    /// Starts the server and kills it after this long, however far it is by then.
+    pub fn start_and_kill(&self, after: Duration) {
+        assert!(self.child.is_none(), "the server still runs");
+        let mut child = self.spawn();
+        std::thread::sleep(after);
+        child
+            .kill()
+            .expect("a child that was not waited for can be killed");
+        child.wait().expect("a child can be waited for");
+    }
+
     /// Starts the server again on the same data and the same port. It must not be running.
     pub fn restart(&mut self) {
         assert!(self.child.is_none(), "the server still runs");

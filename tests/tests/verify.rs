@@ -38,12 +38,7 @@ impl Rig {
     async fn new() -> Rig {
         let mut server = Server::prepared(ServerOptions::default());
         let mut directory = DataDirectory::open(&server.data()).unwrap();
-        let manifest = Manifest {
-            log_id: LOG_ID,
-            generation: 1,
-            shards: 1,
-            segment_bytes: SEGMENT_BYTES,
-        };
+        let manifest = Manifest::new(LOG_ID, 1, SEGMENT_BYTES);
         directory.write(manifest).unwrap();
         drop(directory);
         server.restart();

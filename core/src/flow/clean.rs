@@ -10,19 +10,14 @@
 
 use crate::{
     event::{Effects, Inbox, Scanned, Urgency},
-    flow::admit::{key_hash, name_hash},
-    id::{FunctionId, Lsn, RequestId},
+    flow::moved::Moved,
+    id::{Lsn, RequestId},
     limits::{
         BATCH_BYTES_SEAL, CLEAN_BYTES_STEP, CLEAN_EVERY_NS, CLEAN_SEGMENTS_MIN, CLEAN_WAITS_NS,
         RECORD_BYTES_LARGE,
     },
-    planted::{Bug, planted},
-    record::{
-        ArchivedOutcomeRecordV1, ArchivedTaskRecordV1, BatchSpace, Placed, Record,
-        RelocatedNameRecordV1, RelocatedOutcomeRecordV1, RelocatedTaskRecordV1, Schema, read_whole,
-    },
+    record::{BatchSpace, Placed, read_whole},
     shard::{Fact, Name, Shard},
-    state::State,
     table::task::*,
 };
 
@@ -150,234 +145,59 @@ impl Shard {
         effects.scan = Some(Lsn(oldest * segment_bytes));
     }
 
-    /// Writes a record anew if something still lives there.
+    /// Writes a record anew if something still lives there. A record that cannot be read keeps its segment by its
+    /// references.
     fn look_at(&mut self, position: Lsn, record: &[u8], space: &mut BatchSpace<'_>) -> Looked {
-        match read_whole(record) {
-            Ok(Record::Task(task)) => self.look_at_task(position, task, space),
-            Ok(Record::RelocatedTask(relocated)) => {
-                self.look_at_task(position, &relocated.task, space)
-            }
-            Ok(Record::Outcome(outcome)) => self.look_at_outcome(position, outcome, space),
-            Ok(Record::RelocatedOutcome(relocated)) => {
-                self.look_at_outcome(position, &relocated.outcome, space)
-            }
-            Ok(Record::RelocatedName(name)) => {
-                let function = FunctionId(name.function.to_native());
-                let hash = self.hash_of(function, &name.key, &name.task_id);
-                let request = RequestId(name.request.to_native());
-                self.look_at_name(
-                    position,
-                    request,
-                    hash,
-                    function,
-                    &name.key,
-                    &name.task_id,
-                    space,
-                )
-            }
-            // Leases, moves and times are in what a moved task says; configuration is carried forward by itself. A
-            // record that cannot be read keeps its segment by its references.
-            Ok(Record::Lease(_) | Record::Move(_) | Record::Config(_) | Record::Clock(_))
-            | Err(_) => Looked::Done,
-        }
-    }
-
-    fn look_at_task(
-        &mut self,
-        position: Lsn,
-        record: &ArchivedTaskRecordV1<'_>,
-        space: &mut BatchSpace<'_>,
-    ) -> Looked {
-        let request = record.request();
-        let function = FunctionId(record.function.to_native());
-        let name = self.hash_of(function, &record.key, &record.task_id);
-        let slot = self.tasks.find(request);
-        let Some(slot) = slot.filter(|&slot| self.tasks[slot].position == position) else {
-            return self.look_at_name(
-                position,
-                request,
-                name,
-                function,
-                &record.key,
-                &record.task_id,
-                space,
-            );
+        let Ok(record) = read_whole(record) else {
+            return Looked::Done;
         };
-        let task = self.tasks[slot];
-        if task.has(FLAG_BUSY | FLAG_FETCHING) && !planted(Bug::MovedWhileSettling) {
+        let Some(moved) = self.moved(position, &record) else {
+            return Looked::Done;
+        };
+        if self.is_settling(&moved) {
             return Looked::Wait;
         }
-        let variable = record.task_id.len()
-            + record.key.len()
-            + record.content_type.len()
-            + record.traceparent.len()
-            + record.tags.len()
-            + record.payload.len();
-        let token = task.token();
-        let state = self.logged_state(&task);
-        let due_ms = match (state, task.state()) {
-            (State::Retrying, State::Retrying) => task.at,
-            (State::Retrying, _) => self.now.logged_ms,
-            (state, _) if state.terminal() => task.ended_ms(),
-            _ => 0,
+        let Some(placed) = self.append_moved(&moved, space) else {
+            return Looked::Full;
         };
-        let holds_key = state == State::Failed && !record.key.is_empty() && {
-            let key = key_hash(self.options.seed, function, record.key.as_bytes());
-            let key = self.keys_by_hash.get(key);
-            key.is_some_and(|&key| self.keys[key].held)
-        };
-        let relocated = RelocatedTaskRecordV1 {
-            task: record.to_record(),
-            from: position.0,
-            at_ms: self.now.logged_ms,
-            due_ms,
-            outcome: if state.terminal() { task.at } else { 0 },
-            outcome_bytes: task.outcome_bytes(),
-            max_age_s: if task.has(FLAG_OWN_AGE) {
-                task.max_age_s()
-            } else {
-                record.max_age_s.to_native()
+        let request = moved.request();
+        let (to, record_bytes) = (placed.lsn, placed.bytes);
+        self.open.facts.push(match moved {
+            Moved::Task { name, .. } => Fact::Relocated {
+                request,
+                from: position,
+                to,
+                record_bytes,
+                name,
             },
-            generation: token.generation,
-            attempt: token.attempt,
-            state: state as u8,
-            retries: task.retries(),
-            holds_key: u8::from(holds_key),
-        };
-        let append = |space: &mut BatchSpace<'_>| space.append(Schema::RelocatedTask, &relocated);
-        let Some(placed) = self.append_moved(variable, space, append) else {
-            return Looked::Full;
-        };
-        self.open.facts.push(Fact::Relocated {
-            request,
-            from: position,
-            to: placed.lsn,
-            record_bytes: placed.bytes,
-            name,
+            Moved::Outcome { .. } => {
+                // The task's own record may stand behind this one. Moved before this is durable, it would name the old
+                // place, and a start that meets no earlier record of the task would look for the outcome there.
+                let slot = self.tasks.find(request).expect("its outcome lives");
+                self.tasks[slot].set(FLAG_BUSY);
+                Fact::OutcomeRelocated {
+                    request,
+                    from: position,
+                    to,
+                    record_bytes,
+                }
+            }
+            Moved::Name { name, .. } => Fact::NameRelocated { request, name, to },
         });
         Looked::Done
     }
 
-    fn look_at_outcome(
-        &mut self,
-        position: Lsn,
-        record: &ArchivedOutcomeRecordV1<'_>,
-        space: &mut BatchSpace<'_>,
-    ) -> Looked {
-        let request = RequestId(record.request.to_native());
-        let lives = |slot: &u32| {
-            let task = &self.tasks[*slot];
-            task.state().terminal() && task.at == position.0
-        };
-        let Some(slot) = self.tasks.find(request).filter(lives) else {
-            return Looked::Done;
-        };
-        let variable = record.error.len() + record.output.len() + record.result.len();
-        let relocated = RelocatedOutcomeRecordV1 {
-            outcome: record.to_record(),
-            from: position.0,
-        };
-        let append =
-            |space: &mut BatchSpace<'_>| space.append(Schema::RelocatedOutcome, &relocated);
-        let Some(placed) = self.append_moved(variable, space, append) else {
-            return Looked::Full;
-        };
-        self.open.facts.push(Fact::OutcomeRelocated {
-            request,
-            from: position,
-            to: placed.lsn,
-            record_bytes: placed.bytes,
-        });
-        // The task's own record may stand behind this one. Moved before this is durable, it would name the old place,
-        // and a start that meets no earlier record of the task would look for the outcome there.
-        self.tasks[slot].set(FLAG_BUSY);
-        Looked::Done
-    }
-
-    /// A name outlives its task's entry in memory by what is left of its window.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one record")]
-    fn look_at_name(
-        &mut self,
-        position: Lsn,
-        request: RequestId,
-        hash: u128,
-        function: FunctionId,
-        key: &str,
-        task_id: &str,
-        space: &mut BatchSpace<'_>,
-    ) -> Looked {
-        let known = if hash == 0 {
-            None
-        } else {
-            self.names.get(hash)
-        };
-        let known = known.filter(|known| {
-            known.request == request && u64::from(known.segment) == self.segment_of(position)
-        });
-        let Some(known) = known else {
-            return Looked::Done;
-        };
-        let payload_hash = known.payload_hash;
-        let record = RelocatedNameRecordV1 {
-            request: request.0,
-            payload_hash,
-            function: function.0,
-            key,
-            task_id,
-        };
-        let append = |space: &mut BatchSpace<'_>| space.append(Schema::RelocatedName, &record);
-        let Some(placed) = self.append_moved(key.len() + task_id.len(), space, append) else {
-            return Looked::Full;
-        };
-        self.open.facts.push(Fact::NameRelocated {
-            request,
-            name: hash,
-            to: placed.lsn,
-        });
-        Looked::Done
-    }
-
-    /// Appends a moved record with this much variable data, if there is room for it now.
-    fn append_moved(
-        &mut self,
-        variable: usize,
-        space: &mut BatchSpace<'_>,
-        append: impl FnOnce(&mut BatchSpace<'_>) -> Placed,
-    ) -> Option<Placed> {
-        if !self.has_room(variable, space) || space.len >= BATCH_BYTES_SEAL {
+    /// Appends a moved record if there is room for it now.
+    fn append_moved(&mut self, moved: &Moved<'_>, space: &mut BatchSpace<'_>) -> Option<Placed> {
+        if !self.has_room(moved.variable(), space) || space.len >= BATCH_BYTES_SEAL {
             self.note(Urgency::Soon);
             return None;
         }
-        let placed = append(space);
+        let placed = moved.append(space);
         self.large_in_batch |= placed.bytes as usize > RECORD_BYTES_LARGE;
         self.counters.relocated += 1;
         self.counters.relocated_bytes += u64::from(placed.bytes);
         Some(placed)
-    }
-
-    /// The state of a task as the log knows it, which does not know what only memory does.
-    pub(crate) fn logged_state(&self, task: &Task) -> State {
-        match task.state() {
-            State::Enqueued | State::Dequeued | State::Paused => match task.attempt {
-                _ if task.has(FLAG_RELEASED) => State::Running,
-                0 => State::Enqueued,
-                _ => State::Retrying,
-            },
-            state => state,
-        }
-    }
-
-    /// The hash of a given name; 0 for none.
-    fn hash_of(&self, function: FunctionId, key: &str, task_id: &str) -> u128 {
-        if task_id.is_empty() {
-            return 0;
-        }
-        name_hash(
-            self.options.seed,
-            function,
-            key.as_bytes(),
-            task_id.as_bytes(),
-        )
     }
 
     /// A task's new record is durable.

@@ -10,6 +10,7 @@ mod configure;
 mod credits;
 pub(crate) mod history;
 mod invoke;
+pub mod moved;
 mod query;
 mod rebuild;
 mod receive;

@@ -34,6 +34,7 @@ impl Shard {
         self.find_heads(&unfinished);
         self.put_in_place(&unfinished);
         self.drop_empty_keys();
+        self.find_lost_failures();
         self.count_names();
         self.start_history(saved, self.replayed.behind);
         self.replaying = false;
@@ -57,17 +58,21 @@ impl Shard {
         let (mut unfinished, mut finished) = (Vec::new(), Vec::new());
         self.tasks.scan(0..self.tasks.used(), |slot, task| {
             if task.state().terminal() {
-                finished.push((u64::from(task.holder), slot));
+                finished.push((task.holder, slot));
             } else {
-                unfinished.push((task.seq(), slot));
+                // By time first: tasks of several logs that were placed together may have the same numbers.
+                let order = u128::from(task.accepted_ms()) << 40 | u128::from(task.seq());
+                unfinished.push(order << 32 | u128::from(slot));
             }
         });
         if !planted(Bug::OrderLostInMove) {
             unfinished.sort_unstable();
         }
         finished.sort_unstable();
-        let slots = |tasks: Vec<(u64, u32)>| tasks.into_iter().map(|(_, slot)| slot).collect();
-        (slots(unfinished), slots(finished))
+        (
+            unfinished.into_iter().map(|task| task as u32).collect(),
+            finished.into_iter().map(|(_, slot)| slot).collect(),
+        )
     }
 
     /// Keeps the tasks that ended last, in front those that history has; those whose records are gone from the log were
@@ -194,6 +199,15 @@ impl Shard {
             if key.members == 0 && !key.held {
                 self.keys_by_hash.remove(key.hash);
                 self.keys.remove(index);
+            }
+        }
+    }
+
+    /// Of the failures that hold keys, those that are not in memory.
+    fn find_lost_failures(&mut self) {
+        for (key, failure) in self.replayed.failures.take().unwrap_or_default() {
+            if self.keys[key].held && self.tasks.find(failure.request).is_none() {
+                self.replayed.lost.insert(failure.request, failure);
             }
         }
     }

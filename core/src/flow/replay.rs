@@ -2,7 +2,7 @@
 //! records may come behind what they were in front of; what hangs together over several tasks is made once, at the
 //! start, by `rebuild`.
 
-use alloc::vec::Vec;
+use alloc::{collections::BTreeMap, vec::Vec};
 
 use crate::{
     config::Change,
@@ -30,9 +30,48 @@ pub(crate) struct Replayed {
     pub(crate) behind: Lsn,
     /// Names have come behind some that were accepted later.
     pub(crate) names_moved: bool,
+    /// The last failure that held each ordering key, where that was asked for.
+    pub(crate) failures: Option<BTreeMap<u32, Failure>>,
+    /// Those of them that are not in memory.
+    pub(crate) lost: BTreeMap<RequestId, Failure>,
+}
+
+/// A failed task that holds its ordering key, as the log tells it. Its entry in memory may go before the key is let go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Failure {
+    pub(crate) request: RequestId,
+    pub(crate) function: FunctionId,
+    pub(crate) outcome: Lsn,
+    pub(crate) outcome_bytes: u32,
+    pub(crate) ended_ms: u64,
+    pub(crate) token: Token,
+    pub(crate) retries: u8,
 }
 
 impl Shard {
+    /// Has the replay remember which failures hold ordering keys, for [`Shard::lost_failure`].
+    pub fn keep_failures(&mut self) {
+        self.replayed.failures = Some(BTreeMap::new());
+    }
+
+    /// A task has failed for good and holds its key.
+    fn note_failure(&mut self, key: u32, slot: u32) {
+        let request = self.tasks.request(slot);
+        let task = &self.tasks[slot];
+        if let Some(failures) = &mut self.replayed.failures {
+            let failure = Failure {
+                request,
+                function: task.function,
+                outcome: Lsn(task.at),
+                outcome_bytes: task.outcome_bytes(),
+                ended_ms: task.ended_ms(),
+                token: task.token(),
+                retries: task.retries(),
+            };
+            failures.insert(key, failure);
+        }
+    }
+
     /// Takes one record of the log, in order. `position` is that of its header.
     pub fn replay(&mut self, position: Lsn, schema: u16, body: &[u8]) -> Result<(), Unreadable> {
         assert!(self.replaying, "the log is replayed before the start");
@@ -271,6 +310,7 @@ impl Shard {
                 let lane = &self.lanes[self.tasks[slot].function.0 as usize];
                 // A function whose record was moved forward is not known yet.
                 self.keys[key].held = !lane.live || lane.holds_keys();
+                self.note_failure(key, slot);
             }
         }
     }
@@ -352,6 +392,7 @@ impl Shard {
             );
             if record.holds_key == 1 && key != NIL {
                 self.keys[key].held = true;
+                self.note_failure(key, slot);
             }
         } else if attempt > 0 {
             let generation = record.generation.to_native();

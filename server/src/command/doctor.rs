@@ -13,6 +13,7 @@ use std::{
 use clap::Args;
 use pelton_client::Operation;
 use pelton_engine::engine::{default_shards, probe_ring};
+use pelton_storage::manifest::{Manifest, read_manifest};
 use rustix::{
     fs::{OFlags, statvfs},
     process::{Resource, getrlimit},
@@ -43,6 +44,9 @@ pub struct DoctorArgs {
     /// Where the server is to listen [default: 127.0.0.1:7420]
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
+    /// Shards that the server is to have [default: those of the directory, half the cores for a new one]
+    #[arg(long, value_name = "N")]
+    shards: Option<u16>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -59,6 +63,7 @@ impl DoctorArgs {
         let mut layer = Layer::default();
         layer.server.data = self.data.clone();
         layer.server.listen = self.listen;
+        layer.server.shards = self.shards;
         layer
     }
 }
@@ -192,7 +197,10 @@ pub fn check_before_serving(config: &Config) -> Result<(), Failure> {
 /// Every check, for the server that this configuration describes.
 fn check(config: &Config) -> Vec<Check> {
     let data = &config.data.value;
-    let shards = config.shards.value.unwrap_or_else(default_shards);
+    let manifest = read_manifest(data).ok().flatten();
+    let known = manifest.map(|manifest| manifest.shards);
+    let shards = config.shards.value.or(known);
+    let shards = shards.unwrap_or_else(default_shards);
     let folder = existing(data);
     let (lock, running) = check_lock(data);
     let mut checks = vec![check_kernel(), check_ring(), check_memlock(shards)];
@@ -200,7 +208,36 @@ fn check(config: &Config) -> Vec<Check> {
     checks.push(check_space(&folder, config.space_bytes_min.value));
     checks.push(lock);
     checks.push(check_port(config.listen.value, running.as_deref()));
+    checks.extend(manifest.and_then(|manifest| check_placing(data, &manifest, shards)));
     checks
+}
+
+/// Whether the next start places the tasks of a directory on another number of shards.
+fn check_placing(data: &Path, manifest: &Manifest, shards: u16) -> Option<Check> {
+    let from = manifest.shards;
+    if shards == from {
+        return None;
+    }
+    let folders = (0..from).map(|shard| manifest.folder(data, shard));
+    let files = folders.flat_map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
+    let bytes = files
+        .filter_map(|file| Some(file.metadata().ok()?.len()))
+        .sum();
+    let found = format!(
+        "the next start places the tasks of {from} shards on {shards}: {} of logs are read, and what lives in them is written anew beside them",
+        size(bytes)
+    );
+    Some(match manifest.places_are_apart() {
+        true => Check::ok("shards", found),
+        false => Check::bad(
+            Grade::Problem,
+            "shards",
+            format!(
+                "{shards} are asked for where an earlier version made {from}, whose tasks cannot be placed on others"
+            ),
+            format!("start with {from} shards"),
+        ),
+    })
 }
 
 /// The directory itself, or the nearest one above it.

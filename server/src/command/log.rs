@@ -129,11 +129,7 @@ impl Look {
     }
 
     fn options(&self, shard: u16) -> Options {
-        Options {
-            shard,
-            log_id: self.manifest.log_id,
-            segment_bytes: self.manifest.segment_bytes,
-        }
+        self.manifest.log(shard)
     }
 
     /// Hands on every record of a shard's live log: its position, schema, body and what it reads as.

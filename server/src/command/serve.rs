@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Args;
-use pelton_engine::{Closed, Engine, Options, Progress, Quarantine};
+use pelton_engine::{Closed, Engine, Options, Placed, Progress, Quarantine};
 use pelton_net::quic::certificate::Certificate;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -41,7 +41,8 @@ pub struct ServeArgs {
     /// Where clients and executors connect (QUIC, UDP); port 0 takes a free one [default: 127.0.0.1:7420]
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
-    /// Shards of a new data directory; an existing one keeps its own [default: half the cores]
+    /// Shards; an existing data directory with another number has its tasks placed on so many [default: those of the
+    /// directory, half the cores for a new one]
     #[arg(long, value_name = "N")]
     shards: Option<u16>,
     /// Edge threads [default: the other half]
@@ -73,10 +74,6 @@ fn serve(config: &Config) -> Result<(), String> {
     let listen = config.listen.value;
     let start = Instant::now();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let shards = config
-        .shards
-        .value
-        .unwrap_or_else(pelton_engine::engine::default_shards);
     // On few cores shards, edges and clients share them: the scheduler places them better than a fixed rule.
     let roomy = cores >= 4;
     let edges = config
@@ -85,7 +82,7 @@ fn serve(config: &Config) -> Result<(), String> {
         .unwrap_or(if roomy { cores - cores / 2 } else { 1 });
     let progress = Arc::new(Progress::default());
     let options = Options {
-        shards: Some(shards),
+        shards: config.shards.value,
         pin: if roomy {
             (0..cores / 2).collect()
         } else {
@@ -149,6 +146,9 @@ fn serve(config: &Config) -> Result<(), String> {
         records,
         start.elapsed().as_millis()
     );
+    if let Some(placed) = engine.placed() {
+        said += &format!("{}\n", placed_line(&placed));
+    }
     for quarantine in &quarantined {
         said += &format!("QUARANTINED, the other shards serve: {quarantine}\n");
     }
@@ -165,6 +165,22 @@ fn serve(config: &Config) -> Result<(), String> {
     }
     println!("{}", closing_line(end.elapsed(), &closed));
     Ok(())
+}
+
+/// What became of the tasks of another number of shards.
+fn placed_line(placed: &Placed) -> String {
+    let names = match placed.names {
+        0 => String::new(),
+        names => format!(" and {names} names of earlier ones"),
+    };
+    format!(
+        "placed {} tasks{names} of {} shards on {}: {} bytes in {} ms",
+        placed.tasks,
+        placed.from,
+        placed.to,
+        placed.bytes,
+        placed.took.as_millis()
+    )
 }
 
 /// What the server says last: nothing that runs is interrupted by its end.
@@ -241,6 +257,22 @@ impl Drop for State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn placing_says_what_it_did() {
+        let placed = Placed {
+            from: 3,
+            to: 5,
+            tasks: 7,
+            names: 2,
+            bytes: 4096,
+            took: Duration::from_millis(9),
+        };
+        assert_eq!(
+            placed_line(&placed),
+            "placed 7 tasks and 2 names of earlier ones of 3 shards on 5: 4096 bytes in 9 ms"
+        );
+    }
 
     #[test]
     fn the_closing_line_says_what_is_left_running_and_whether_it_was_in_time() {

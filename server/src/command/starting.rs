@@ -70,7 +70,7 @@ struct Screen {
 impl Screen {
     fn new() -> Screen {
         let style = ProgressStyle::with_template(
-            "reading the log {bar:32} {bytes:>10}/{total_bytes:10} {binary_bytes_per_sec} {msg}",
+            "{prefix} {bar:32} {bytes:>10}/{total_bytes:10} {binary_bytes_per_sec} {msg}",
         )
         .expect("the template is right")
         .progress_chars("=> ");
@@ -88,20 +88,29 @@ impl Screen {
     fn show(&mut self, progress: &Progress) {
         let (read, of) = progress.bytes();
         let records = grouped(progress.records());
+        let placing = progress.placing();
         if let Some(bar) = &self.bar {
             bar.set_length(of);
             bar.set_position(read);
-            bar.set_message(match read < of {
-                true => format!("{records} records"),
-                false => format!("{records} records, putting tasks in place"),
+            bar.set_prefix(match placing {
+                Some((from, to)) => placing_on(from, to),
+                None => "reading the log".to_owned(),
+            });
+            bar.set_message(match (placing, read < of) {
+                (Some(_), _) => String::new(),
+                (None, true) => format!("{records} records"),
+                (None, false) => format!("{records} records, putting tasks in place"),
             });
         } else if Instant::now() >= self.line_at {
             self.line_at += LINE_EVERY;
             let percent = (u128::from(read) * 100 / u128::from(of.max(1))) as u64;
-            eprintln!(
-                "starting: {percent} % of {} MB read, {records} records",
-                of / 1_000_000
-            );
+            match placing {
+                Some((from, to)) => eprintln!("{}: {percent} %", placing_on(from, to)),
+                None => eprintln!(
+                    "starting: {percent} % of {} MB read, {records} records",
+                    of / 1_000_000
+                ),
+            }
         }
     }
 
@@ -109,5 +118,24 @@ impl Screen {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// What is being done to the tasks of a directory with another number of shards.
+fn placing_on(from: u16, to: u16) -> String {
+    match from {
+        1 => format!("placing 1 shard's tasks on {to}"),
+        _ => format!("placing {from} shards' tasks on {to}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_numbers_of_shards_are_told_while_tasks_are_placed() {
+        assert_eq!(placing_on(3, 5), "placing 3 shards' tasks on 5");
+        assert_eq!(placing_on(1, 2), "placing 1 shard's tasks on 2");
     }
 }
