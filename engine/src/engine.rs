@@ -33,9 +33,11 @@ use pelton_storage::{
 };
 
 use crate::{
+    backup::OneBackup,
     edge::Edge,
     embedded::Embedded,
     history::{History, HistoryOptions, Writer},
+    hold::HoldPlace,
     inbox::{Outbox, ShardInbox},
     progress::Progress,
     quarantine::{Quarantine, stand_in},
@@ -43,6 +45,8 @@ use crate::{
     shard_loop::{Begin, Gone, Setup, ShardLoop},
 };
 
+/// The folder of the history in the data directory.
+pub(crate) const HISTORY_FOLDER: &str = "history";
 /// Memory that glommio registers with the kernel for direct I/O of its own, per shard: the log has its own.
 const GLOMMIO_IO_BYTES: usize = 64 << 10;
 
@@ -153,6 +157,8 @@ pub(crate) struct Shared {
     pub(crate) quarantined: Vec<OnceLock<Quarantine>>,
     /// Set when every log has been judged and before anybody is served, if there is to be a history.
     pub(crate) history: OnceLock<Arc<History>>,
+    /// By shard: what a backup wants of its log.
+    pub(crate) holds: Vec<HoldPlace>,
 }
 
 /// How an engine closed.
@@ -179,7 +185,7 @@ pub(crate) struct Ended {
 
 /// A running engine. Any number of them may live in a process, each in its own directory.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
     /// How each shard ended, once, and what has been heard of that.
     ended: Mutex<(Receiver<Ended>, Vec<Ended>)>,
@@ -188,6 +194,7 @@ pub struct Engine {
     reports: Vec<Report>,
     options: Options,
     directory: DataDirectory,
+    pub(crate) backups: OneBackup,
     pub(crate) embedded: OnceLock<Embedded>,
     /// Held while the embedding thread is started.
     pub(crate) embedding: Mutex<()>,
@@ -231,6 +238,7 @@ impl Engine {
             edges: (0..EDGE_COUNT_MAX).map(|_| OnceLock::new()).collect(),
             routes: RoutePointer::new(Routes::new(manifest.shards, Directory::default())),
             quarantined: (0..manifest.shards).map(|_| OnceLock::new()).collect(),
+            holds: (0..manifest.shards).map(|_| HoldPlace::default()).collect(),
         });
         let (ended_sender, ended) = channel();
         let (opened_sender, opened) = channel();
@@ -270,6 +278,7 @@ impl Engine {
             reports: Vec::new(),
             options,
             directory,
+            backups: OneBackup::default(),
             embedded: OnceLock::new(),
             embedding: Mutex::new(()),
         };
@@ -343,7 +352,7 @@ impl Engine {
             defer_max: self.options.history_defer_max,
         };
         if !options.retention.is_zero() {
-            let folder = self.directory.path().join("history");
+            let folder = self.directory.path().join(HISTORY_FOLDER);
             let history = History::open(&folder, manifest.log_id, manifest.shards, options)
                 .map_err(OpenError::History)?;
             self.shared.history.get_or_init(|| Arc::new(history));
@@ -433,6 +442,10 @@ impl Engine {
         self.directory.path()
     }
 
+    pub(crate) fn data(&self) -> &DataDirectory {
+        &self.directory
+    }
+
     /// What it was opened with.
     pub fn options(&self) -> &Options {
         &self.options
@@ -445,6 +458,7 @@ impl Engine {
         if let Some(embedded) = self.embedded.get() {
             embedded.close();
         }
+        self.backups.close(deadline);
         if let Some(history) = self.shared.history.get() {
             history.stop();
         }
@@ -572,7 +586,7 @@ fn missing(truth: &Directory, behind: &Directory) -> Vec<Control> {
         .collect()
 }
 
-fn log_options(manifest: &Manifest, shard: u16) -> LogOptions {
+pub(crate) fn log_options(manifest: &Manifest, shard: u16) -> LogOptions {
     LogOptions {
         shard,
         log_id: manifest.log_id,

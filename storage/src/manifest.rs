@@ -17,6 +17,8 @@ const NAME: &str = "MANIFEST";
 const NEXT_NAME: &str = "MANIFEST.next";
 const LOCK_NAME: &str = "LOCK";
 const BEGUN_NAME: &str = "BEGUN";
+/// What the manifest begins with while a backup is being copied into the directory.
+const RESTORING: &str = "pelton-restoring";
 
 /// What a data directory says of itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,20 +117,18 @@ impl DataDirectory {
             let folder = self.shard(shard);
             fs::create_dir_all(&folder).map_err(|error| failed("make", &folder, error))?;
         }
-        let body = encode(&manifest);
-        let next = self.path.join(NEXT_NAME);
-        let mut file = File::create(&next).map_err(|error| failed("create", &next, error))?;
-        file.write_all(body.as_bytes())
-            .and_then(|()| file.sync_all())
-            .map_err(|error| failed("write", &next, error))?;
-        let place = self.path.join(NAME);
-        fs::rename(&next, &place).map_err(|error| failed("rename", &next, error))?;
-        flush_directory(&self.path)?;
+        write_whole(&self.path, NAME, NEXT_NAME, &encode(&manifest))?;
         if let Some(parent) = self.path.parent().filter(|p| !p.as_os_str().is_empty()) {
             flush_directory(parent)?;
         }
         self.manifest = Some(manifest);
         Ok(())
+    }
+
+    /// Marks a new directory as one into which a backup is being copied: until [`DataDirectory::write`] nothing starts
+    /// on it.
+    pub fn begin_restore(&self) -> Result<(), DirectoryError> {
+        write_whole(&self.path, NAME, NEXT_NAME, &format!("{RESTORING} 1\n"))
     }
 
     /// Remembers that every shard has a log from now on: see [`has_begun`].
@@ -190,6 +190,11 @@ fn decode(text: &str, path: &Path) -> Result<Manifest, DirectoryError> {
         Some(Some((found, value))) if found == name => Ok(value),
         _ => Err(damaged(&format!("the line `{name}` is missing"))),
     };
+    if text.starts_with(RESTORING) {
+        return Err(damaged(
+            "a restore into the directory has not come to its end",
+        ));
+    }
     let version = field("pelton-data")?;
     if version != DIRECTORY_VERSION.to_string() {
         return Err(DirectoryError::Version {
@@ -213,7 +218,24 @@ fn decode(text: &str, path: &Path) -> Result<Manifest, DirectoryError> {
     Ok(manifest)
 }
 
-fn flush_directory(path: &Path) -> Result<(), DirectoryError> {
+/// Replaces a file of a directory as a whole: the text is written beside it, flushed and renamed, the directory flushed.
+pub(crate) fn write_whole(
+    directory: &Path,
+    name: &str,
+    next_name: &str,
+    text: &str,
+) -> Result<(), DirectoryError> {
+    let next = directory.join(next_name);
+    let mut file = File::create(&next).map_err(|error| failed("create", &next, error))?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(|error| failed("write", &next, error))?;
+    fs::rename(&next, directory.join(name)).map_err(|error| failed("rename", &next, error))?;
+    flush_directory(directory)
+}
+
+/// Flushes the names in a directory.
+pub fn flush_directory(path: &Path) -> Result<(), DirectoryError> {
     File::open(path)
         .and_then(|directory| directory.sync_all())
         .map_err(|error| failed("flush", path, error))
@@ -241,6 +263,9 @@ mod tests {
         };
         let mut directory = DataDirectory::open(&path).unwrap();
         assert_eq!(directory.manifest(), None);
+        directory.begin_restore().unwrap();
+        let error = read_manifest(&path).unwrap_err();
+        assert!(error.to_string().contains("restore"), "{error}");
         directory.write(manifest).unwrap();
         assert!(directory.shard(2).is_dir());
         assert!(matches!(
