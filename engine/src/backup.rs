@@ -18,12 +18,13 @@ use std::{
 
 use pelton_core::id::{Lsn, ShardId};
 use pelton_history::{Store, StoreError};
+pub use pelton_storage::backup::Backup;
 use pelton_storage::{
-    backup::{Backup, CopiedFile, ShardCopy},
+    backup::{CopiedFile, ShardCopy},
     copy::{CopyError, LogCopy, Sink, judge, make_folder, read_through},
     file::FileDevice,
     manifest::{
-        DataDirectory, DirectoryError, Manifest, flush_directory, has_begun, read_manifest,
+        DataDirectory, DirectoryError, MANIFEST_NAME, Manifest, flush_directory, has_begun, read_manifest,
         shard_folder,
     },
     recover::expect_segments,
@@ -390,12 +391,12 @@ pub(crate) fn is_empty(folder: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Removes what was put into a folder that was empty.
+/// Removes what was put into a folder that was empty; last what says that it is to be let alone.
 pub(crate) fn empty(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name() == "lost+found" {
-            continue;
-        }
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut entries: Vec<_> = entries.filter(|entry| entry.file_name() != "lost+found").collect();
+    entries.sort_by_key(|entry| entry.file_name() == MANIFEST_NAME);
+    for entry in entries {
         let path = entry.path();
         let _ = match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             true => fs::remove_dir_all(path),

@@ -13,7 +13,9 @@ use std::{
 /// Version of the data directory's layout.
 pub const DIRECTORY_VERSION: u32 = 1;
 
-const NAME: &str = "MANIFEST";
+/// The file that makes a folder a data directory.
+pub const MANIFEST_NAME: &str = "MANIFEST";
+
 const NEXT_NAME: &str = "MANIFEST.next";
 const LOCK_NAME: &str = "LOCK";
 const BEGUN_NAME: &str = "BEGUN";
@@ -117,7 +119,7 @@ impl DataDirectory {
             let folder = self.shard(shard);
             fs::create_dir_all(&folder).map_err(|error| failed("make", &folder, error))?;
         }
-        write_whole(&self.path, NAME, NEXT_NAME, &encode(&manifest))?;
+        write_whole(&self.path, MANIFEST_NAME, NEXT_NAME, &encode(&manifest))?;
         if let Some(parent) = self.path.parent().filter(|p| !p.as_os_str().is_empty()) {
             flush_directory(parent)?;
         }
@@ -128,7 +130,7 @@ impl DataDirectory {
     /// Marks a new directory as one into which a backup is being copied: until [`DataDirectory::write`] nothing starts
     /// on it.
     pub fn begin_restore(&self) -> Result<(), DirectoryError> {
-        write_whole(&self.path, NAME, NEXT_NAME, &format!("{RESTORING} 1\n"))
+        write_whole(&self.path, MANIFEST_NAME, NEXT_NAME, &format!("{RESTORING} 1\n"))
     }
 
     /// Remembers that every shard has a log from now on: see [`has_begun`].
@@ -164,7 +166,7 @@ pub fn has_begun(directory: &Path) -> bool {
 
 /// Reads the manifest without locking the directory; `None` if there is none.
 pub fn read_manifest(directory: &Path) -> Result<Option<Manifest>, DirectoryError> {
-    let path = directory.join(NAME);
+    let path = directory.join(MANIFEST_NAME);
     match fs::read_to_string(&path) {
         Ok(text) => decode(&text, &path).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -279,12 +281,12 @@ mod tests {
         directory.note_begun().unwrap();
         assert!(has_begun(&path));
         drop(directory);
-        let text = fs::read_to_string(path.join(NAME)).unwrap();
-        fs::write(path.join(NAME), text.replace("shards 3", "shards 4")).unwrap();
+        let text = fs::read_to_string(path.join(MANIFEST_NAME)).unwrap();
+        fs::write(path.join(MANIFEST_NAME), text.replace("shards 3", "shards 4")).unwrap();
         let error = DataDirectory::open(&path).unwrap_err();
         assert!(matches!(error, DirectoryError::Damaged { .. }), "{error}");
         fs::write(
-            path.join(NAME),
+            path.join(MANIFEST_NAME),
             text.replace("pelton-data 1", "pelton-data 9"),
         )
         .unwrap();

@@ -406,6 +406,21 @@ impl Session {
                 }
                 Ok(json!({ "key": id, "revoked": true }))
             }
+            Operation::BackupStart => {
+                needs(self.scopes.admin(), "admin")?;
+                fields.only(&["path"])?;
+                hub.settings.backups.start(fields.text("path")?).await
+            }
+            Operation::BackupStatus => {
+                needs(self.scopes.admin(), "admin")?;
+                fields.only(&["backup"])?;
+                hub.settings.backups.status(fields.number("backup", 0)?)
+            }
+            Operation::BackupCancel => {
+                needs(self.scopes.admin(), "admin")?;
+                fields.only(&["backup"])?;
+                hub.settings.backups.cancel(fields.number("backup", 0)?)
+            }
         }
     }
 
