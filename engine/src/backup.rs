@@ -364,6 +364,7 @@ impl Target {
 
 /// Where a path that may not be there yet leads to.
 pub(crate) fn real_path(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
     let mut behind = PathBuf::new();
     for known in path.ancestors() {
         match fs::canonicalize(known) {
@@ -529,7 +530,8 @@ impl Taking<'_> {
     /// Settles where the logs end, and copies them up to there; the history, of so many bytes, is copied after that. The
     /// logs are let go when they are copied.
     fn copy_logs(&self, meter: &RefCell<Meter<'_, '_>>, history_bytes: u64) -> Result<Logs, BackupError> {
-        let ends = match meter.borrow().ends()? {
+        let held = meter.borrow().ends()?;
+        let ends = match held {
             Some(ends) => ends,
             None => self.judge_logs(meter)?,
         };

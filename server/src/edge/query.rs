@@ -864,6 +864,7 @@ fn describe_shard(stats: &ShardStats) -> Value {
         "snapshot_failures": stats.log.snapshot_failures,
         "snapshot_bytes": stats.log.snapshot_bytes,
         "replay_bytes": stats.log.replay_bytes,
+        "held": stats.log.held,
         "buffers_registered": stats.registered,
         "poisoned": stats.poisoned,
     });
