@@ -24,8 +24,8 @@ use pelton_storage::{
     copy::{CopyError, LogCopy, Sink, judge, make_folder, read_through},
     file::FileDevice,
     manifest::{
-        DataDirectory, DirectoryError, MANIFEST_NAME, Manifest, flush_directory, has_begun, read_manifest,
-        shard_folder,
+        DataDirectory, DirectoryError, MANIFEST_NAME, Manifest, flush_directory, has_begun,
+        read_manifest, shard_folder,
     },
     recover::expect_segments,
 };
@@ -276,7 +276,8 @@ impl Engine {
                     be_nice();
                     taking.run(progress)
                 });
-            let copying = copying.map_err(|error| io_failed("start a thread for", &target.path, error))?;
+            let copying =
+                copying.map_err(|error| io_failed("start a thread for", &target.path, error))?;
             match copying.join() {
                 Ok(done) => done,
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -327,7 +328,9 @@ impl Target {
             what,
         };
         if !path.is_absolute() {
-            return Err(refused("a backup's folder is named by an absolute path".to_owned()));
+            return Err(refused(
+                "a backup's folder is named by an absolute path".to_owned(),
+            ));
         }
         let made = !path.exists();
         if !made && !is_empty(path).map_err(|error| refused(error.to_string()))? {
@@ -395,7 +398,9 @@ pub(crate) fn is_empty(folder: &Path) -> io::Result<bool> {
 /// Removes what was put into a folder that was empty; last what says that it is to be let alone.
 pub(crate) fn empty(folder: &Path) {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut entries: Vec<_> = entries.filter(|entry| entry.file_name() != "lost+found").collect();
+    let mut entries: Vec<_> = entries
+        .filter(|entry| entry.file_name() != "lost+found")
+        .collect();
     entries.sort_by_key(|entry| entry.file_name() == MANIFEST_NAME);
     for entry in entries {
         let path = entry.path();
@@ -529,7 +534,11 @@ impl Taking<'_> {
 
     /// Settles where the logs end, and copies them up to there; the history, of so many bytes, is copied after that. The
     /// logs are let go when they are copied.
-    fn copy_logs(&self, meter: &RefCell<Meter<'_, '_>>, history_bytes: u64) -> Result<Logs, BackupError> {
+    fn copy_logs(
+        &self,
+        meter: &RefCell<Meter<'_, '_>>,
+        history_bytes: u64,
+    ) -> Result<Logs, BackupError> {
         let held = meter.borrow().ends()?;
         let ends = match held {
             Some(ends) => ends,
@@ -550,10 +559,14 @@ impl Taking<'_> {
         meter.borrow_mut().done.bytes_total += bytes;
         let (mut shards, mut files) = (Vec::new(), Vec::new());
         for (shard, log) in logs.iter().enumerate() {
-            let copied = log.copy(&self.target.path, &mut |bytes| meter.borrow_mut().pass(bytes));
+            let copied = log.copy(&self.target.path, &mut |bytes| {
+                meter.borrow_mut().pass(bytes)
+            });
             let (copy, copied) = copied.map_err(|error| match error {
                 CopyError::Stopped => meter.borrow_mut().why(),
-                CopyError::Log(_) | CopyError::Io { .. } => BackupError::of_log(shard as u16, error),
+                CopyError::Log(_) | CopyError::Io { .. } => {
+                    BackupError::of_log(shard as u16, error)
+                }
             })?;
             shards.push(copy);
             files.extend(copied);

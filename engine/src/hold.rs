@@ -132,7 +132,9 @@ impl Holds {
     pub(crate) fn stand(&self) -> Result<Vec<(Lsn, Lsn)>, (ShardId, Lost)> {
         let stand = self.holds.iter().enumerate().rev().map(|(shard, hold)| {
             let lost = match &*lock(&hold.said) {
-                Said::Held { retired, durable } if !self.shared.inboxes[shard].gone.load(Relaxed) => {
+                Said::Held { retired, durable }
+                    if !self.shared.inboxes[shard].gone.load(Relaxed) =>
+                {
                     return Ok((*retired, *durable));
                 }
                 Said::Held { .. } | Said::Nothing => Lost::Ended,

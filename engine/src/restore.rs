@@ -12,7 +12,7 @@ use std::{
 
 use pelton_history::{StoreError, count_rows};
 use pelton_storage::{
-    backup::{BadBackup, Backup, CopiedFile, ShardCopy, copied_name},
+    backup::{Backup, BadBackup, CopiedFile, ShardCopy, copied_name},
     copy::{CopyError, Sink, judge, make_folder, read_through},
     manifest::{DataDirectory, DirectoryError, flush_directory, shard_folder},
     recover::Outcome,
@@ -62,7 +62,10 @@ impl fmt::Display for RestoreError {
                 write!(f, "the backup is damaged at {}: {what}", path.display())
             }
             RestoreError::Log { shard, what } => {
-                write!(f, "the backup is damaged in the log of shard {shard}: {what}")
+                write!(
+                    f,
+                    "the backup is damaged in the log of shard {shard}: {what}"
+                )
             }
             RestoreError::History { what } => {
                 write!(f, "the backup is damaged in the history: {what}")
@@ -306,10 +309,12 @@ fn check_contents(
         Ok(found) => Err(RestoreError::History {
             what: format!("{found} rows were found, and {said} were written"),
         }),
-        Err(error @ (StoreError::Directory { .. }
-        | StoreError::Foreign { .. }
-        | StoreError::Version { .. }
-        | StoreError::Database(_))) => Err(RestoreError::History {
+        Err(
+            error @ (StoreError::Directory { .. }
+            | StoreError::Foreign { .. }
+            | StoreError::Version { .. }
+            | StoreError::Database(_)),
+        ) => Err(RestoreError::History {
             what: error.to_string(),
         }),
     }

@@ -93,7 +93,10 @@ impl Backups {
         let thread = thread::Builder::new().name("pelton-backup-of".to_owned());
         let thread = thread.spawn(move || taken.take(&engine, &path, begun));
         if let Err(error) = thread {
-            let refusal = (Code::Unavailable, format!("a thread for the backup: {error}"));
+            let refusal = (
+                Code::Unavailable,
+                format!("a thread for the backup: {error}"),
+            );
             lock(&job.state).ended = Some(Err(refusal.clone()));
             return Err(refusal);
         }

@@ -228,10 +228,15 @@ fn decode(text: &str, path: &Path) -> Result<Backup, BadBackup> {
         rows => Some(number(rows).ok_or_else(|| damaged("the number of rows"))?),
     };
     let mut files = Vec::new();
-    while let Some((_, value)) = lines.next_if(|line| matches!(line, Some(("file", _)))).flatten() {
+    while let Some((_, value)) = lines
+        .next_if(|line| matches!(line, Some(("file", _))))
+        .flatten()
+    {
         let mut words = value.splitn(3, ' ');
         let bytes = words.next().and_then(number);
-        let checksum = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
+        let checksum = words
+            .next()
+            .and_then(|word| u64::from_str_radix(word, 16).ok());
         let (Some(bytes), Some(checksum), Some(name)) = (bytes, checksum, words.next()) else {
             return Err(damaged("the line of a file"));
         };
@@ -268,7 +273,8 @@ fn decode(text: &str, path: &Path) -> Result<Backup, BadBackup> {
     }
     let placed = |shard: &ShardCopy| {
         let last = |end| last_segment(end, segment_bytes);
-        shard.first > 0 && (shard.end == Lsn(0) && shard.first == 1 || last(shard.end) >= shard.first)
+        shard.first > 0
+            && (shard.end == Lsn(0) && shard.first == 1 || last(shard.end) >= shard.first)
     };
     if !backup.shards.iter().all(placed) {
         return Err(damaged("the place of a log's end"));

@@ -166,7 +166,9 @@ impl LogCopy {
     }
 
     fn follow(&self, chain: &mut Chain, offset: u64, bytes: &[u8]) -> Result<(), CopyError> {
-        let header = SEGMENT_DATA_OFFSET.saturating_sub(offset).min(bytes.len() as u64);
+        let header = SEGMENT_DATA_OFFSET
+            .saturating_sub(offset)
+            .min(bytes.len() as u64);
         let bytes = &bytes[header as usize..];
         chain.take(bytes, self.options).map_err(|(header, why)| {
             CopyError::Log(uncountable(
@@ -217,17 +219,17 @@ impl Chain {
     }
 
     /// Takes the next bytes of the segment behind its headers.
-    fn take(
-        &mut self,
-        bytes: &[u8],
-        options: Options,
-    ) -> Result<(), (BatchHeader, Uncountable)> {
+    fn take(&mut self, bytes: &[u8], options: Options) -> Result<(), (BatchHeader, Uncountable)> {
         if self.over {
             return Ok(());
         }
         self.pending.extend_from_slice(bytes);
         let mut at = 0;
-        while let Some(rest) = self.pending.get(at..).filter(|rest| rest.len() >= BLOCK_BYTES) {
+        while let Some(rest) = self
+            .pending
+            .get(at..)
+            .filter(|rest| rest.len() >= BLOCK_BYTES)
+        {
             let place = Lsn(self.segment * options.segment_bytes + self.offset);
             let fits = |header: &BatchHeader| {
                 header.lsn == place
@@ -251,7 +253,9 @@ impl Chain {
                 self.over = true;
                 break;
             }
-            self.tally.take(&header, batch).map_err(|why| (header, why))?;
+            self.tally
+                .take(&header, batch)
+                .map_err(|why| (header, why))?;
             self.crc = Some(header.crc);
             self.epoch = header.epoch;
             self.offset += padded as u64;
@@ -300,11 +304,7 @@ pub struct JudgedLog {
 }
 
 /// Reads and judges a log as a start does, and counts what is in it. Changes nothing.
-pub fn judge(
-    folder: &Path,
-    options: Options,
-    step: &mut Step<'_>,
-) -> Result<JudgedLog, CopyError> {
+pub fn judge(folder: &Path, options: Options, step: &mut Step<'_>) -> Result<JudgedLog, CopyError> {
     let mut tally = Tally::default();
     let mut stopped = false;
     let mut device = FileDevice::new(folder);
@@ -416,7 +416,10 @@ impl Sink {
 /// Makes a folder and those in front of it, for the owner alone.
 pub fn make_folder(folder: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
 }
 
 /// Reads a file from front to back, hands each piece on, and says what it was. What was read does not stay in the page

@@ -130,7 +130,12 @@ impl DataDirectory {
     /// Marks a new directory as one into which a backup is being copied: until [`DataDirectory::write`] nothing starts
     /// on it.
     pub fn begin_restore(&self) -> Result<(), DirectoryError> {
-        write_whole(&self.path, MANIFEST_NAME, NEXT_NAME, &format!("{RESTORING} 1\n"))
+        write_whole(
+            &self.path,
+            MANIFEST_NAME,
+            NEXT_NAME,
+            &format!("{RESTORING} 1\n"),
+        )
     }
 
     /// Remembers that every shard has a log from now on: see [`has_begun`].
@@ -282,7 +287,11 @@ mod tests {
         assert!(has_begun(&path));
         drop(directory);
         let text = fs::read_to_string(path.join(MANIFEST_NAME)).unwrap();
-        fs::write(path.join(MANIFEST_NAME), text.replace("shards 3", "shards 4")).unwrap();
+        fs::write(
+            path.join(MANIFEST_NAME),
+            text.replace("shards 3", "shards 4"),
+        )
+        .unwrap();
         let error = DataDirectory::open(&path).unwrap_err();
         assert!(matches!(error, DirectoryError::Damaged { .. }), "{error}");
         fs::write(

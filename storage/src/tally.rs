@@ -257,8 +257,17 @@ mod tests {
         };
         assert_eq!(counted.counts(), expected);
         let of_another_version = tally(&mut counted, |space| {
-            space.append(Schema::Move, &MoveRecordV1 { state: 99, ..moved(request(3, 1), State::Stopped) });
+            space.append(
+                Schema::Move,
+                &MoveRecordV1 {
+                    state: 99,
+                    ..moved(request(3, 1), State::Stopped)
+                },
+            );
         });
-        assert!(matches!(of_another_version, Err(Uncountable::Unreadable { schema: 4, .. })));
+        assert!(matches!(
+            of_another_version,
+            Err(Uncountable::Unreadable { schema: 4, .. })
+        ));
     }
 }

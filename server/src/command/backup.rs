@@ -8,10 +8,7 @@ use std::{
 
 use clap::Args;
 use pelton_client::{Client, Error, Operation};
-use pelton_engine::{
-    BackupError, backup_offline,
-    backup::Progress,
-};
+use pelton_engine::{BackupError, backup::Progress, backup_offline};
 use pelton_storage::manifest::DirectoryError;
 use serde_json::{Value, json};
 
@@ -102,7 +99,10 @@ async fn ask(client: &Client, target: &Path, named: bool, bar: &Bar) -> Result<V
         false => local(target)?,
     };
     let path = target.to_str().ok_or_else(|| {
-        Failure::usage(format!("{}: a path for a server is UTF-8", target.display()))
+        Failure::usage(format!(
+            "{}: a path for a server is UTF-8",
+            target.display()
+        ))
     })?;
     let begun = query(client, Operation::BackupStart, &json!({ "path": path })).await?;
     let backup = json!({ "backup": begun["backup"] });
@@ -163,7 +163,12 @@ fn take(data: &Path, target: &Path, bar: &Bar) -> Result<Value, Failure> {
 /// What is in a backup, for people.
 pub fn render(what: &str, result: &Value) -> String {
     let mut table = Table::new([
-        "SHARD", ">SEGMENTS", ">BYTES", ">LIVE TASKS", ">TASKS", ">RECORDS",
+        "SHARD",
+        ">SEGMENTS",
+        ">BYTES",
+        ">LIVE TASKS",
+        ">TASKS",
+        ">RECORDS",
     ]);
     let names = ["segments", "bytes", "live_tasks", "tasks", "records"];
     for shard in result["shards"].as_array().into_iter().flatten() {

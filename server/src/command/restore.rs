@@ -1,10 +1,6 @@
 //! `pelton restore`: makes a data directory of a backup, or looks whether one is whole.
 
-use std::{
-    ops::ControlFlow,
-    path::PathBuf,
-    time::Instant,
-};
+use std::{ops::ControlFlow, path::PathBuf, time::Instant};
 
 use clap::Args;
 use pelton_engine::{RestoreError, restore, verify};
