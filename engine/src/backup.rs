@@ -48,7 +48,7 @@ const NICE: i32 = 10;
 
 /// How far a backup or a restore is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Progress {
+pub struct Copied {
     /// Bytes that are done.
     pub bytes: u64,
     /// Bytes that there are.
@@ -56,7 +56,7 @@ pub struct Progress {
 }
 
 /// Hears of the progress; may end the work.
-pub type OnProgress<'p> = dyn FnMut(Progress) -> ControlFlow<()> + Send + 'p;
+pub type OnCopied<'p> = dyn FnMut(Copied) -> ControlFlow<()> + Send + 'p;
 
 /// How a backup is taken.
 #[derive(Clone, Debug, Default)]
@@ -247,7 +247,7 @@ impl Engine {
         &self,
         target: impl AsRef<Path>,
         options: &BackupOptions,
-        progress: &mut OnProgress<'_>,
+        progress: &mut OnCopied<'_>,
     ) -> Result<Backup, BackupError> {
         let _one = self.backups.begin()?;
         if let Some(quarantine) = self.quarantined().next() {
@@ -292,7 +292,7 @@ pub fn backup_offline(
     data: &Path,
     target: &Path,
     options: &BackupOptions,
-    progress: &mut OnProgress<'_>,
+    progress: &mut OnCopied<'_>,
 ) -> Result<Backup, BackupError> {
     let none = || BackupError::NoData {
         path: data.to_owned(),
@@ -437,7 +437,7 @@ struct Taking<'t> {
 }
 
 impl Taking<'_> {
-    fn run(&self, progress: &mut OnProgress<'_>) -> Result<Backup, BackupError> {
+    fn run(&self, progress: &mut OnCopied<'_>) -> Result<Backup, BackupError> {
         match &self.source {
             Source::Serving(serving) => {
                 let holds = Holds::take(serving.shared)?;
@@ -461,7 +461,7 @@ impl Taking<'_> {
         &self,
         store: Option<&Store>,
         held: Option<(Serving<'_>, Holds)>,
-        progress: &mut OnProgress<'_>,
+        progress: &mut OnCopied<'_>,
     ) -> Result<Backup, BackupError> {
         let (serving, holds) = held.unzip();
         let meter = RefCell::new(Meter {
@@ -470,7 +470,7 @@ impl Taking<'_> {
             holds,
             store,
             data: self.data,
-            done: Progress::default(),
+            done: Copied::default(),
             since: Instant::now(),
             failed: None,
         });
@@ -634,12 +634,12 @@ type Logs = (Vec<ShardCopy>, Vec<CopiedFile>);
 
 /// Counts what is copied, tells it, looks whether the backup is still to be taken, and rests.
 struct Meter<'m, 'p> {
-    progress: &'m mut OnProgress<'p>,
+    progress: &'m mut OnCopied<'p>,
     serving: Option<Serving<'m>>,
     holds: Option<Holds>,
     store: Option<&'m Store>,
     data: &'m Path,
-    done: Progress,
+    done: Copied,
     /// The last rest's end.
     since: Instant,
     /// Why it is over.

@@ -19,7 +19,7 @@ use pelton_storage::{
 };
 
 use crate::{
-    backup::{OnProgress, Progress, empty, is_empty, real_path},
+    backup::{Copied, OnCopied, empty, is_empty, real_path},
     engine::{HISTORY_FOLDER, log_options},
     shard_loop::free_bytes,
 };
@@ -101,7 +101,7 @@ impl From<DirectoryError> for RestoreError {
 }
 
 /// Looks whether a backup is whole: every file by its checksum, every log as a start reads it, and the counts.
-pub fn verify(folder: &Path, progress: &mut OnProgress<'_>) -> Result<Backup, RestoreError> {
+pub fn verify(folder: &Path, progress: &mut OnCopied<'_>) -> Result<Backup, RestoreError> {
     let backup = Backup::read(folder).map_err(RestoreError::Bad)?;
     let mut meter = Meter::new(progress, 2 * backup.bytes());
     check_files(folder, &backup, &mut meter)?;
@@ -114,7 +114,7 @@ pub fn verify(folder: &Path, progress: &mut OnProgress<'_>) -> Result<Backup, Re
 pub fn restore(
     folder: &Path,
     data: &Path,
-    progress: &mut OnProgress<'_>,
+    progress: &mut OnCopied<'_>,
 ) -> Result<Backup, RestoreError> {
     let backup = Backup::read(folder).map_err(RestoreError::Bad)?;
     let refused = |what: String| RestoreError::Target {
@@ -322,13 +322,13 @@ fn check_contents(
 
 /// Counts what is read and written, and tells it.
 struct Meter<'m, 'p> {
-    progress: &'m mut OnProgress<'p>,
-    done: Progress,
+    progress: &'m mut OnCopied<'p>,
+    done: Copied,
 }
 
 impl<'m, 'p> Meter<'m, 'p> {
-    fn new(progress: &'m mut OnProgress<'p>, bytes_total: u64) -> Meter<'m, 'p> {
-        let done = Progress {
+    fn new(progress: &'m mut OnCopied<'p>, bytes_total: u64) -> Meter<'m, 'p> {
+        let done = Copied {
             bytes: 0,
             bytes_total,
         };

@@ -13,7 +13,7 @@ use std::{
 use pelton_core::error::Code;
 use pelton_engine::{
     BackupError, BackupOptions, Engine,
-    backup::{Backup, Progress},
+    backup::{Backup, Copied},
 };
 use pelton_storage::copy::CopyError;
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ struct Job {
 }
 
 struct State {
-    progress: Progress,
+    progress: Copied,
     /// When somebody has asked about it last.
     followed: Instant,
     cancelled: bool,
@@ -79,7 +79,7 @@ impl Backups {
             let job = Arc::new(Job {
                 number,
                 state: Mutex::new(State {
-                    progress: Progress::default(),
+                    progress: Copied::default(),
                     followed: Instant::now(),
                     cancelled: false,
                     ended: None,
@@ -117,7 +117,7 @@ impl Backups {
         let job = self.job(number)?;
         let mut state = lock(&job.state);
         state.followed = Instant::now();
-        let Progress { bytes, bytes_total } = state.progress;
+        let Copied { bytes, bytes_total } = state.progress;
         let (name, result) = match &state.ended {
             None => ("running", &Value::Null),
             Some(Ok(result)) => ("done", result),
@@ -151,7 +151,7 @@ impl Job {
     fn take(&self, engine: &Engine, path: &Path, begun: oneshot::Sender<()>) {
         let start = Instant::now();
         let mut begun = Some(begun);
-        let mut progress = |progress: Progress| {
+        let mut progress = |progress: Copied| {
             let mut state = lock(&self.state);
             state.progress = progress;
             if let Some(begun) = begun.take() {

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Args;
 use pelton_client::{Client, Error, Operation};
-use pelton_engine::{BackupError, backup::Progress, backup_offline};
+use pelton_engine::{BackupError, backup::Copied, backup_offline};
 use pelton_storage::manifest::DirectoryError;
 use serde_json::{Value, json};
 
@@ -110,7 +110,7 @@ async fn ask(client: &Client, target: &Path, named: bool, bar: &Bar) -> Result<V
     loop {
         let status = query(client, Operation::BackupStatus, &backup).await?;
         let bytes = |name: &str| status[name].as_u64().unwrap_or(0);
-        bar.show(Progress {
+        bar.show(Copied {
             bytes: bytes("bytes"),
             bytes_total: bytes("bytes_total"),
         });

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, stderr};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pelton_engine::backup::Progress;
+use pelton_engine::backup::Copied;
 
 /// Shown until it is dropped.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Bar {
     }
 
     /// So far it is.
-    pub fn show(&self, progress: Progress) {
+    pub fn show(&self, progress: Copied) {
         if let Some(bar) = &self.0 {
             bar.set_length(progress.bytes_total);
             bar.set_position(progress.bytes);

@@ -302,7 +302,11 @@ const PROBE_PREFIX: &str = ".pelton-doctor-";
 /// the file would be in the way of the next one with this number.
 fn remove_old_probes(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(PROBE_PREFIX) {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(PROBE_PREFIX)
+        {
             // Whoever is writing it just now does not need its name any more.
             let _ = fs::remove_file(entry.path());
         }
