@@ -1,5 +1,4 @@
 //! An embedding program takes a backup of its engine while it serves, and opens what is restored of it.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{fs, ops::ControlFlow, time::Duration};
 

@@ -88,7 +88,7 @@ async fn fill(client: &Client, function: &str, megabytes: u32) {
 
 /// A backup that has begun and copies.
 fn begin(server: &Server, target: &Path) -> Child {
-    let child = Command::new(binary())
+    let mut child = Command::new(binary())
         .arg("backup")
         .arg(target)
         .arg("--data")
@@ -104,6 +104,8 @@ fn begin(server: &Server, target: &Path) -> Child {
         }
         std::thread::sleep(Duration::from_millis(2));
     }
+    let _ = child.kill();
+    let _ = child.wait();
     panic!("the backup does not begin");
 }
 
