@@ -1244,6 +1244,7 @@ mod tests {
             edges: vec![OnceLock::new()],
             routes: RoutePointer::new(Routes::new(1, directory)),
             quarantined: vec![OnceLock::new()],
+            holds: vec![crate::hold::HoldPlace::default()],
         });
         let edge = Edge::attach(&shared, Box::new(|| {})).unwrap();
         let calls = Arc::new(Calls::new(thread::current()));

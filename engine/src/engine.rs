@@ -32,9 +32,11 @@ use pelton_storage::{
 };
 
 use crate::{
+    backup::OneBackup,
     edge::Edge,
     embedded::Embedded,
     history::{History, HistoryOptions, Writer},
+    hold::HoldPlace,
     inbox::{Outbox, ShardInbox},
     place::{Placed, PlacingError, clear, place},
     progress::Progress,
@@ -43,6 +45,8 @@ use crate::{
     shard_loop::{Begin, Gone, Setup, ShardLoop},
 };
 
+/// The folder of the history in the data directory.
+pub(crate) const HISTORY_FOLDER: &str = "history";
 /// Memory that glommio registers with the kernel for direct I/O of its own, per shard: the log has its own.
 const GLOMMIO_IO_BYTES: usize = 64 << 10;
 
@@ -157,6 +161,8 @@ pub(crate) struct Shared {
     pub(crate) quarantined: Vec<OnceLock<Quarantine>>,
     /// Set when every log has been judged and before anybody is served, if there is to be a history.
     pub(crate) history: OnceLock<Arc<History>>,
+    /// By shard: what a backup wants of its log.
+    pub(crate) holds: Vec<HoldPlace>,
 }
 
 /// How an engine closed.
@@ -183,7 +189,7 @@ pub(crate) struct Ended {
 
 /// A running engine. Any number of them may live in a process, each in its own directory.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
     /// How each shard ended, once, and what has been heard of that.
     ended: Mutex<(Receiver<Ended>, Vec<Ended>)>,
@@ -193,6 +199,7 @@ pub struct Engine {
     placed: Option<Placed>,
     options: Options,
     directory: DataDirectory,
+    pub(crate) backups: OneBackup,
     pub(crate) embedded: OnceLock<Embedded>,
     /// Held while the embedding thread is started.
     pub(crate) embedding: Mutex<()>,
@@ -238,6 +245,7 @@ impl Engine {
             edges: (0..EDGE_COUNT_MAX).map(|_| OnceLock::new()).collect(),
             routes: RoutePointer::new(Routes::new(manifest.shards, Directory::default())),
             quarantined: (0..manifest.shards).map(|_| OnceLock::new()).collect(),
+            holds: (0..manifest.shards).map(|_| HoldPlace::default()).collect(),
         });
         let (ended_sender, ended) = channel();
         let (opened_sender, opened) = channel();
@@ -278,6 +286,7 @@ impl Engine {
             placed,
             options,
             directory,
+            backups: OneBackup::default(),
             embedded: OnceLock::new(),
             embedding: Mutex::new(()),
         };
@@ -351,7 +360,7 @@ impl Engine {
             defer_max: self.options.history_defer_max,
         };
         if !options.retention.is_zero() {
-            let folder = self.directory.path().join("history");
+            let folder = self.directory.path().join(HISTORY_FOLDER);
             let history = History::open(&folder, manifest, options).map_err(OpenError::History)?;
             self.shared.history.get_or_init(|| Arc::new(history));
         }
@@ -448,6 +457,10 @@ impl Engine {
         self.directory.path()
     }
 
+    pub(crate) fn data(&self) -> &DataDirectory {
+        &self.directory
+    }
+
     /// What it was opened with.
     pub fn options(&self) -> &Options {
         &self.options
@@ -460,6 +473,7 @@ impl Engine {
         if let Some(embedded) = self.embedded.get() {
             embedded.close();
         }
+        self.backups.close(deadline);
         if let Some(history) = self.shared.history.get() {
             history.stop();
         }

@@ -172,6 +172,11 @@ impl History {
         self.wake();
     }
 
+    /// The store, to be copied.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
     fn wake(&self) {
         if let Some(writer) = self.writer.get() {
             writer.unpark();

@@ -30,6 +30,8 @@ pub(crate) struct ShardInbox {
     submit_bytes: AtomicUsize,
     parked: AtomicBool,
     pub(crate) bell: Bell,
+    /// Something beside the queues has changed that the shard is to look at.
+    called: AtomicBool,
     /// The shard is to flush and end.
     pub(crate) stop: AtomicBool,
     /// The shard's thread is gone.
@@ -44,6 +46,7 @@ impl ShardInbox {
             submit_bytes: AtomicUsize::new(0),
             parked: AtomicBool::new(false),
             bell: Bell::new()?,
+            called: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             gone: AtomicBool::new(false),
         })
@@ -111,6 +114,17 @@ impl ShardInbox {
         self.wake();
     }
 
+    /// Has the shard look at what lies beside the queues.
+    pub(crate) fn call(&self) {
+        self.called.store(true, Release);
+        self.wake();
+    }
+
+    /// True once after a call.
+    pub(crate) fn is_called(&self) -> bool {
+        self.called.load(Relaxed) && self.called.swap(false, Acquire)
+    }
+
     /// True if the shard is to end and has read what was there when it was told to.
     pub(crate) fn is_done(&self) -> bool {
         self.stop.load(Acquire) && self.is_empty()
@@ -128,7 +142,7 @@ impl ShardInbox {
     pub(crate) fn park(&self) -> bool {
         self.parked.store(true, Relaxed);
         fence(SeqCst);
-        if self.is_empty() && !self.stop.load(Relaxed) {
+        if self.is_empty() && !self.stop.load(Relaxed) && !self.called.load(Relaxed) {
             return true;
         }
         self.parked.store(false, Relaxed);

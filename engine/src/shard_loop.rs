@@ -27,6 +27,7 @@ use pelton_storage::{
 
 use crate::{
     engine::{Ended, OpenError, Shared},
+    hold::{Hold, Lost},
     inbox::ShardInbox,
     info::{InfoReply, TaskInfo},
     linger::{Linger, take_short_turns},
@@ -48,8 +49,12 @@ const SOON_NS: u64 = if cfg!(pelton_planted = "ack_before_device") {
 /// what comes meanwhile is about as much, and is worked off in less time than the wait saves. On a shared core there is
 /// no such bound: the time of the wait is somebody else's.
 const ALONE_RECORDS_MAX: u32 = 64;
-/// How often the disk's free space is looked at.
+/// How often the disk's free space is looked at, and how often while the log is held for a backup.
 const SPACE_EVERY_NS: u64 = 1_000_000_000;
+const SPACE_HELD_EVERY_NS: u64 = 100_000_000;
+/// Segments for which there must be room above the high-water mark while the log is held: below that it is let go, before
+/// a submit is refused.
+const HELD_ROOM_SEGMENTS: u64 = 4;
 /// What an outcome is taken to have; of a longer one the log reads the rest by itself.
 const OUTCOME_BYTES_LIKELY: usize = 4096;
 
@@ -115,6 +120,9 @@ pub(crate) struct ShardLoop {
     soon_since_ns: Option<u64>,
     space_seen_ns: u64,
     space_bytes_min: u64,
+    segment_bytes: u64,
+    /// The backup for which the log is held.
+    hold: Option<Arc<Hold>>,
     directory: PathBuf,
     linger: Linger,
     /// Records of a batch that is committed while the loop waits, if nothing is behind it.
@@ -155,6 +163,7 @@ impl ShardLoop {
         let clock = LoggedClock::start(0, wall_ms(), shard.last_logged_ms());
         let mut stats = ShardStats::new(me);
         stats.registered = registered;
+        let segment_bytes = setup.log.segment_bytes;
         let outgoing = Outgoing::new(Arc::clone(&setup.shared), me);
         let mut this = ShardLoop {
             shared: setup.shared,
@@ -175,6 +184,8 @@ impl ShardLoop {
             soon_since_ns: None,
             space_seen_ns: 0,
             space_bytes_min: setup.space_bytes_min,
+            segment_bytes,
+            hold: None,
             directory: setup.directory,
             linger: Linger::new(setup.linger),
             alone_records_max: if setup.shares_core {
@@ -231,6 +242,7 @@ impl ShardLoop {
         }
         let me = self.me;
         let running = self.shard.counters().running;
+        self.let_go(Some(Lost::Ended));
         let failed = self.close().map(|cause| (me, cause));
         drop(gone);
         Ended { running, failed }
@@ -241,9 +253,14 @@ impl ShardLoop {
         inbox.gather(&mut self.inbox);
         self.hear_log(now);
         self.log.tick(now.mono_ns);
-        if now.mono_ns >= self.space_seen_ns + SPACE_EVERY_NS {
+        let every_ns = match self.hold {
+            Some(_) => SPACE_HELD_EVERY_NS,
+            None => SPACE_EVERY_NS,
+        };
+        if now.mono_ns >= self.space_seen_ns + every_ns {
             self.look_at_space(now.mono_ns);
         }
+        self.keep_hold(inbox);
         let had_work = self.log.has_durable()
             || !self.inbox.control.is_empty()
             || !self.inbox.submits.is_empty()
@@ -273,6 +290,32 @@ impl ShardLoop {
         let rolled = self.seal(now, inbox);
         // What the batch had no room for waits for the flush in flight; nothing else keeps the loop awake.
         rolled || self.log.has_durable() || self.has_backlog() && self.log.can_seal() && had_work
+    }
+
+    /// Holds the log if a backup wants that, and tells it how far the log is before anybody is answered for that.
+    fn keep_hold(&mut self, inbox: &ShardInbox) {
+        if inbox.is_called()
+            && let Some(hold) = self.shared.holds[usize::from(self.me.0)].take()
+        {
+            self.let_go(Some(Lost::Ended));
+            self.log.hold();
+            self.hold = Some(hold);
+        }
+        match &self.hold {
+            Some(hold) if hold.is_released() => self.let_go(None),
+            Some(hold) => hold.note(self.log.retired(), self.log.durable()),
+            None => {}
+        }
+    }
+
+    /// Lets go of the log, and says why where that was not asked for.
+    fn let_go(&mut self, why: Option<Lost>) {
+        if let Some(hold) = self.hold.take() {
+            self.log.release();
+            if let Some(why) = why {
+                hold.lose(why);
+            }
+        }
     }
 
     /// Takes the next piece of a snapshot, if one is being written or due.
@@ -573,6 +616,9 @@ impl ShardLoop {
         self.space_seen_ns = mono_ns;
         let free = free_bytes(&self.directory).unwrap_or(u64::MAX);
         let full = free < self.space_bytes_min || self.log.out_of_space();
+        if full || free < room_to_hold(self.space_bytes_min, self.segment_bytes) {
+            self.let_go(Some(Lost::Space { free }));
+        }
         if full != self.stats.disk_full {
             tracing::warn!(
                 shard = self.me.0,
@@ -601,6 +647,11 @@ impl Drop for Gone<'_> {
     fn drop(&mut self) {
         self.0.gone.store(true, Relaxed);
     }
+}
+
+/// Bytes that must be free on the disk of a log that is held.
+pub(crate) fn room_to_hold(space_bytes_min: u64, segment_bytes: u64) -> u64 {
+    space_bytes_min.saturating_add(HELD_ROOM_SEGMENTS * segment_bytes)
 }
 
 /// Bytes that the file system of `directory` still gives to this process.

@@ -15,4 +15,4 @@ pub mod store;
 
 pub use page::{Filter, Page};
 pub use row::Row;
-pub use store::{Batch, Limits, Stats, Store, StoreError};
+pub use store::{Batch, Limits, Stats, Store, StoreError, count_rows};

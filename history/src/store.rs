@@ -10,10 +10,16 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, fs, io,
-    ops::RangeInclusive,
+    fmt,
+    fs::{self, File},
+    io,
+    ops::{ControlFlow, RangeInclusive},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{RwLock, RwLockReadGuard},
+    sync::{
+        RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, Ordering::*},
+    },
 };
 
 use pelton_core::{
@@ -21,8 +27,8 @@ use pelton_core::{
     state::State,
 };
 use redb::{
-    Database, ReadTransaction, ReadableDatabase, ReadableTable, Table, TableDefinition,
-    WriteTransaction,
+    Builder, Database, Key, ReadTransaction, ReadableDatabase, ReadableTable, Table,
+    TableDefinition, Value, WriteTransaction, backends::FileBackend,
 };
 
 use crate::{
@@ -47,6 +53,10 @@ const BLOCK_BYTES: usize = 63 << 10;
 const CACHE_BYTES: usize = 32 << 20;
 /// Blocks that are dropped in one transaction.
 const DROPPED_MAX: usize = 512;
+/// Bytes of a copy that are written in one transaction.
+const COPIED_BYTES: u64 = 8 << 20;
+/// The database's file in the store's folder.
+pub const FILE_NAME: &str = "rows.redb";
 
 /// How a tenant's rows are kept.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -218,6 +228,8 @@ pub(crate) fn term(tenant: TenantId, term: Term<'_>, order: Option<u128>) -> Vec
 pub struct Store {
     path: PathBuf,
     database: RwLock<Option<Database>>,
+    /// Somebody waits for all who look, to close it.
+    closing: AtomicBool,
 }
 
 impl Store {
@@ -227,10 +239,11 @@ impl Store {
             path: folder.to_owned(),
             error,
         })?;
-        let path = folder.join("rows.redb");
+        let path = folder.join(FILE_NAME);
         let store = Store {
             database: RwLock::new(Some(open(&path)?)),
             path,
+            closing: AtomicBool::new(false),
         };
         store.check(identity)?;
         Ok(store)
@@ -286,10 +299,7 @@ impl Store {
 
     /// After an error the database below takes nothing more: it is closed and opened again.
     pub fn reopen(&self) -> Result<(), StoreError> {
-        let mut database = match self.database.write() {
-            Ok(database) => database,
-            Err(poisoned) => poisoned.into_inner(),
-        };
+        let mut database = self.take_over();
         *database = None;
         *database = Some(open(&self.path)?);
         Ok(())
@@ -297,10 +307,76 @@ impl Store {
 
     /// Closes it for good, whoever still holds it: what is asked of it from now on is an error.
     pub fn close(&self) {
-        match self.database.write() {
-            Ok(mut database) => *database = None,
-            Err(poisoned) => *poisoned.into_inner() = None,
-        }
+        *self.take_over() = None;
+    }
+
+    /// Waits until nobody looks any more. A copy that is being made ends.
+    fn take_over(&self) -> RwLockWriteGuard<'_, Option<Database>> {
+        self.closing.store(true, SeqCst);
+        let database = match self.database.write() {
+            Ok(database) => database,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        self.closing.store(false, SeqCst);
+        database
+    }
+
+    /// True while somebody waits for all who look, to close it.
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(SeqCst)
+    }
+
+    /// Bytes of its file.
+    pub fn file_bytes(&self) -> Result<u64, StoreError> {
+        let metadata = fs::metadata(&self.path);
+        metadata
+            .map(|metadata| metadata.len())
+            .map_err(|error| StoreError::Directory {
+                path: self.path.clone(),
+                error,
+            })
+    }
+
+    /// Writes a store with what this one has into a new file, in which each table stands in one piece. `begun` is called
+    /// when it is settled what is copied: what is written into this store from then on is not. `step` is told bytes. The
+    /// rows; `None` if `step` or whoever closes this store has ended it.
+    pub fn copy(
+        &self,
+        target: &Path,
+        begun: impl FnOnce() -> ControlFlow<()>,
+        step: &mut dyn FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<Option<u64>, StoreError> {
+        self.look(|look| {
+            if begun().is_break() {
+                return Ok(None);
+            }
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(target)
+                .map_err(|error| StoreError::Directory {
+                    path: target.to_owned(),
+                    error,
+                })?;
+            let copy = Builder::new()
+                .set_cache_size(CACHE_BYTES / 2)
+                .create_with_backend(FileBackend::new(file)?)?;
+            let mut step = |bytes| match step(bytes) {
+                ControlFlow::Continue(()) if !self.is_closing() => ControlFlow::Continue(()),
+                ControlFlow::Continue(()) | ControlFlow::Break(()) => ControlFlow::Break(()),
+            };
+            let whole = copy_table(look, &copy, ABOUT, &mut step)?
+                && copy_table(look, &copy, SAVED, &mut step)?
+                && copy_table(look, &copy, TOTALS, &mut step)?
+                && copy_table(look, &copy, AGES, &mut step)?
+                && copy_table(look, &copy, INDEX, &mut step)?
+                && copy_table(look, &copy, BLOCKS, &mut step)?
+                && copy_table(look, &copy, TERMS, &mut step)?;
+            copy.close()?;
+            whole.then(|| rows(look)).transpose()
+        })
     }
 
     /// Everything of a shard that ended before this position is in the store.
@@ -491,6 +567,63 @@ impl Store {
             Err(poisoned) => poisoned.into_inner(),
         }
     }
+}
+
+/// Copies a table in the order of its keys; false if it was ended.
+fn copy_table<K: Key + 'static, V: Value + 'static>(
+    look: &ReadTransaction,
+    copy: &Database,
+    table: TableDefinition<'static, K, V>,
+    step: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<bool, StoreError> {
+    let from = look.open_table(table)?;
+    let mut entries = from.iter()?.peekable();
+    loop {
+        let change = copy.begin_write()?;
+        let mut to = change.open_table(table)?;
+        let mut bytes = 0;
+        while bytes < COPIED_BYTES
+            && let Some(entry) = entries.next()
+        {
+            let (key, value) = entry?;
+            let (key, value) = (key.value(), value.value());
+            bytes += K::as_bytes(&key).as_ref().len() as u64;
+            bytes += V::as_bytes(&value).as_ref().len() as u64;
+            to.insert(&key, &value)?;
+        }
+        drop(to);
+        change.commit()?;
+        if step(bytes).is_break() {
+            return Ok(false);
+        }
+        if entries.peek().is_none() {
+            return Ok(true);
+        }
+    }
+}
+
+/// The rows of a store that is in nobody's use, which is not changed. `identity` is that of its data directory.
+pub fn count_rows(folder: &Path, identity: u128) -> Result<u64, StoreError> {
+    let path = folder.join(FILE_NAME);
+    let database = Builder::new()
+        .set_cache_size(CACHE_BYTES / 2)
+        .open_read_only(&path)?;
+    let look = database.begin_read()?;
+    let about = look.open_table(ABOUT)?;
+    let said = |name| Ok::<_, StoreError>(about.get(name)?.map_or(0, |said| said.value()));
+    match (said("version")?, said("identity")?) {
+        (VERSION, known) if known == identity => rows(&look),
+        (VERSION, _) => Err(StoreError::Foreign { path }),
+        (found, _) => Err(StoreError::Version { path, found }),
+    }
+}
+
+fn rows(look: &ReadTransaction) -> Result<u64, StoreError> {
+    let mut rows = 0;
+    for total in look.open_table(TOTALS)?.range::<u32>(..)? {
+        rows += total?.1.value().0;
+    }
+    Ok(rows)
 }
 
 fn open(path: &Path) -> Result<Database, StoreError> {

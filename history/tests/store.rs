@@ -2,14 +2,14 @@
 //! until they are too old or too many.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::ControlFlow};
 
 use pelton_core::{
     error::Code,
     id::{CellId, FunctionId, Lsn, RequestId, SlotIndex, TenantId, Token},
     state::State,
 };
-use pelton_history::{Batch, Filter, Limits, Row, Store, StoreError};
+use pelton_history::{Batch, Filter, Limits, Row, Store, StoreError, count_rows, store::FILE_NAME};
 
 const EVER: Limits = Limits {
     retention_ms: u64::MAX,
@@ -385,4 +385,80 @@ fn a_damaged_block_costs_its_rows_alone() {
     let found: usize = states.values().sum();
     assert!(damaged >= 1, "it is said");
     assert!((9_000..10_000).contains(&found), "{found} rows are left");
+}
+
+#[test]
+fn a_copy_has_what_there_was_when_it_was_settled_and_ends_when_it_is_told_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&folder.path().join("store"), 7).unwrap();
+    write(&store, 0..2_000, false);
+    let target = folder.path().join("copy");
+    std::fs::create_dir(&target).unwrap();
+    let go_on = ControlFlow::Continue(());
+    let mut bytes = 0;
+    let settled = || {
+        // What is written from here on is not in the copy.
+        write(&store, 2_000..3_000, false);
+        go_on
+    };
+    let rows = store
+        .copy(&target.join(FILE_NAME), settled, &mut |more| {
+            bytes += more;
+            go_on
+        })
+        .unwrap();
+    assert_eq!(rows, Some(2_000));
+    assert!(bytes > 500_000 && bytes <= 2 * store.file_bytes().unwrap());
+    assert_eq!(count_rows(&target, 7).unwrap(), 2_000);
+    assert!(matches!(
+        count_rows(&target, 8),
+        Err(StoreError::Foreign { .. })
+    ));
+    let copy = Store::open(&target, 7).unwrap();
+    assert_eq!(copy.saved(1).unwrap(), Lsn(2_000));
+    for tenant in [TenantId(0), TenantId(1)] {
+        let wanted = expected(tenant, 0..2_000, |_| true);
+        assert_eq!(listed(&copy, tenant, all()), wanted);
+        let tag = Filter { tag: "c", ..all() };
+        let wanted = expected(tenant, 0..2_000, |row| row.has_tag(b"c"));
+        assert_eq!(listed(&copy, tenant, tag), wanted);
+    }
+    // Rows go from the copy as they do from the store.
+    while copy
+        .expire(u64::MAX, |_| Limits {
+            retention_ms: 1,
+            ..EVER
+        })
+        .unwrap()
+    {}
+    assert_eq!(copy.stats().unwrap().rows, 0);
+
+    let ended = store.copy(
+        &folder.path().join("no"),
+        || ControlFlow::Break(()),
+        &mut |_| go_on,
+    );
+    assert_eq!(ended.unwrap(), None);
+    let ended = store.copy(&folder.path().join("part"), || go_on, &mut |_| {
+        ControlFlow::Break(())
+    });
+    assert_eq!(ended.unwrap(), None);
+    // Whoever closes the store does not wait for a copy.
+    std::thread::scope(|scope| {
+        let (copies, begun) = std::sync::mpsc::channel();
+        let store = &store;
+        let path = folder.path().join("closed");
+        let copy = scope.spawn(move || {
+            store.copy(&path, || go_on, &mut |_| {
+                let _ = copies.send(());
+                while !store.is_closing() {
+                    std::thread::yield_now();
+                }
+                go_on
+            })
+        });
+        begun.recv().unwrap();
+        store.close();
+        assert_eq!(copy.join().unwrap().unwrap(), None);
+    });
 }

@@ -44,11 +44,12 @@ pub struct Scenario {
 }
 
 /// Everything that is tried.
-pub const SCENARIOS: [Scenario; 9] = [
+pub const SCENARIOS: [Scenario; 10] = [
     scenario("a_sleeping_shard_takes_every_batch", sleeping_shard, 3),
     scenario("a_lingering_shard_takes_every_batch", lingering_shard, 4),
     scenario("a_shard_that_waits_for_its_flush_hears_again", waiting, 3),
     scenario("a_sleeping_shard_hears_that_it_is_to_stop", stopping, 3),
+    scenario("a_sleeping_shard_hears_a_call", called, 3),
     scenario("an_inbox_keeps_its_bound_of_bytes", bounds, 3),
     scenario("an_inbox_keeps_its_bound_of_batches", full, 2),
     scenario("a_sleeping_edge_takes_every_delivery", sleeping_edge, 3),
@@ -232,6 +233,32 @@ fn stopping() {
     }
     assert_eq!(turn.control.len(), 1, "the last word was taken");
     assert!(edge(&shared).submit(SHARD, batch(2, 1)).is_err());
+}
+
+/// A shard is called from beside its queues while an edge hands in a word.
+fn called() {
+    let shared = shared();
+    let caller = Arc::clone(&shared);
+    spawn(move || caller.inboxes[0].call());
+    let controls = edge(&shared);
+    spawn(move || {
+        assert!(controls.control(SHARD, word()).is_ok());
+        controls.wake();
+    });
+    let inbox = &shared.inboxes[0];
+    let mut ring = RingDevice::new(inbox.bell.kernel());
+    let mut linger = Linger::new(Duration::ZERO);
+    let mut turn = Inbox::default();
+    let mut calls = 0;
+    loop {
+        inbox.gather(&mut turn);
+        calls += u32::from(inbox.is_called());
+        if calls == 1 && turn.control.len() == 1 {
+            break;
+        }
+        sleep(&mut ring, &mut linger, inbox, true, None);
+    }
+    assert!(!inbox.is_called());
 }
 
 /// Two edges each hand in what crosses the bound of bytes alone.

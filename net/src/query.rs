@@ -56,6 +56,12 @@ operations! {
     KeyCreate = 65;
     /// Ends a key: `{"key": ID}`.
     KeyRevoke = 66;
+    /// Begins a backup on the server's machine: `{"path": DIR}`.
+    BackupStart = 80;
+    /// How far a backup is, and that it is still wanted: `{"backup": ID}`.
+    BackupStatus = 81;
+    /// Ends a backup: `{"backup": ID}`.
+    BackupCancel = 82;
 }
 
 /// A rare operation.

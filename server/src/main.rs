@@ -13,6 +13,7 @@ use crate::{
     config::{Config, Layer},
 };
 
+mod backup;
 mod command;
 mod config;
 mod edge;
@@ -59,6 +60,8 @@ enum Command {
     Config(command::config::ConfigArgs),
     /// See it work on a folder of this machine, also through a crash
     Demo(command::demo::DemoArgs),
+    Backup(command::backup::BackupArgs),
+    Restore(command::restore::RestoreArgs),
     /// Look at the log of a data directory
     Log(command::log::LogArgs),
     /// Measure a server on this machine
@@ -84,6 +87,8 @@ fn main() -> ExitCode {
         Command::Stats(args) => (Layer::default(), args.json()),
         Command::Doctor(args) => (args.layer(), args.json()),
         Command::Config(args) => (Layer::default(), args.json()),
+        Command::Backup(args) => (Layer::default(), args.json()),
+        Command::Restore(args) => (Layer::default(), args.json()),
         Command::Demo(_)
         | Command::Log(_)
         | Command::Bench(_)
@@ -110,6 +115,8 @@ fn main() -> ExitCode {
         Command::Stats(args) => local(command::stats::run(&args, &config)),
         Command::Doctor(args) => local(command::doctor::run(&args, &config)),
         Command::Config(args) => command::config::run(&args, &config),
+        Command::Backup(args) => local(command::backup::run(&args, &config)),
+        Command::Restore(args) => command::restore::run(&args, &config),
         Command::Demo(args) => return command::demo::run(args),
         Command::Log(args) => return command::log::run(&args),
         Command::DemoExecutor(args) => return command::demo::work::run(args),

@@ -3,8 +3,9 @@
 //!
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
 //! log; `snapshot` what spares a start most of it; `read_ahead` reads its segments ahead for `recover`, which finds it
-//! again; `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is; `place` writes what
-//! lives in logs into others; `reader` reads records from another thread.
+//! again; `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is, and `backup` what
+//! a copy of one is; `place` writes what lives in logs into others; `tally` counts what a log holds; `reader` reads records
+//! from another thread, and `copy` whole logs.
 
 pub mod format;
 
@@ -28,8 +29,15 @@ pub mod manifest;
 
 pub mod place;
 
+pub mod backup;
+
+pub mod tally;
+
 #[cfg(feature = "device")]
 pub mod reader;
+
+#[cfg(feature = "device")]
+pub mod copy;
 
 #[cfg(feature = "device")]
 pub mod ring;

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Invariants: at most one batch is in flight; a batch never crosses a segment; a segment is recycled only after a
-//! durable batch says that it is dead; after a failed write or flush the log is poisoned for good.
+//! durable batch says that it is dead, and not while the log is held; after a failed write or flush the log is poisoned
+//! for good.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -125,6 +126,8 @@ pub struct LogStats {
     pub replay_bytes: u64,
     /// Records in it.
     pub replay_records: u64,
+    /// A backup is being taken: no segment is used again until it has what it wants.
+    pub held: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -216,6 +219,8 @@ pub struct Log<D> {
     carried: Lsn,
     retire_wanted: Lsn,
     retired: Lsn,
+    /// Somebody copies the log: nothing more is said to be dead, and no segment is used again.
+    held: bool,
     open: usize,
     len: usize,
     records: u32,
@@ -259,6 +264,7 @@ impl<D: Device> Log<D> {
             carried: durable,
             retire_wanted: found.retired,
             retired: found.retired,
+            held: false,
             open: 0,
             len: BATCH_HEADER_BYTES,
             records: 0,
@@ -480,10 +486,30 @@ impl<D: Device> Log<D> {
 
     /// Everything before this position is dead: its segments go once a durable batch says so.
     pub fn retire_before(&mut self, position: Lsn) {
+        if self.held {
+            return;
+        }
         self.retire_wanted = self.retire_wanted.max(position);
         if planted(Bug::RecycledTooEarly) {
             self.bury(self.retire_wanted);
         }
+    }
+
+    /// From now on until [`Log::release`] the log only grows: no batch says that more is dead than those before it were
+    /// told, and no segment is used again. What a start would read of the log at this moment stays where it is.
+    pub fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// The opposite of [`Log::hold`].
+    pub fn release(&mut self) {
+        self.held = false;
+        self.bury(self.retired);
+    }
+
+    /// Everything before this position is dead, says the last durable batch.
+    pub fn retired(&self) -> Lsn {
+        self.retired
     }
 
     /// Reads the record at `position` with the next [`Log::start_reads`]; told by [`LogEvent::Read`]. `bytes` is a guess
@@ -562,6 +588,7 @@ impl<D: Device> Log<D> {
             snapshot_bytes: self.snapshots.last_bytes(),
             replay_bytes: self.snapshots.since.bytes,
             replay_records: self.snapshots.since.records,
+            held: self.held,
             ..self.stats
         }
     }
@@ -704,6 +731,9 @@ impl<D: Device> Log<D> {
     /// A durable batch says that everything before `retired` is dead.
     fn bury(&mut self, retired: Lsn) {
         self.retired = retired;
+        if self.held {
+            return;
+        }
         let first = retired.0 / self.options.segment_bytes;
         while self.live.len() > 1 && self.live[0].number < first {
             let segment = self.live.pop_front().expect("there are two");

@@ -17,10 +17,14 @@ pub const DIRECTORY_VERSION: u32 = 2;
 /// The version before, which is read too.
 const DIRECTORY_VERSION_BEFORE: u32 = 1;
 
-const NAME: &str = "MANIFEST";
+/// The file that makes a folder a data directory.
+pub const MANIFEST_NAME: &str = "MANIFEST";
+
 const NEXT_NAME: &str = "MANIFEST.next";
 const LOCK_NAME: &str = "LOCK";
 const BEGUN_NAME: &str = "BEGUN";
+/// What the manifest begins with while a backup is being copied into the directory.
+const RESTORING: &str = "pelton-restoring";
 
 /// What a data directory says of itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,7 +84,12 @@ impl Manifest {
 
     /// The folder of a shard's log in a data directory.
     pub fn folder(&self, directory: &Path, shard: u16) -> PathBuf {
-        directory.join(folder_name(self.generation, shard))
+        directory.join(self.folder_name(shard))
+    }
+
+    /// Its name.
+    pub fn folder_name(&self, shard: u16) -> String {
+        folder_name(self.generation, shard)
     }
 }
 
@@ -214,20 +223,23 @@ impl DataDirectory {
     /// Makes the folders of the shards and then the manifest that names them.
     pub fn write(&mut self, manifest: Manifest) -> Result<(), DirectoryError> {
         self.make_folders(&manifest)?;
-        let body = encode(&manifest);
-        let next = self.path.join(NEXT_NAME);
-        let mut file = File::create(&next).map_err(|error| failed("create", &next, error))?;
-        file.write_all(body.as_bytes())
-            .and_then(|()| file.sync_all())
-            .map_err(|error| failed("write", &next, error))?;
-        let place = self.path.join(NAME);
-        fs::rename(&next, &place).map_err(|error| failed("rename", &next, error))?;
-        flush_directory(&self.path)?;
+        write_whole(&self.path, MANIFEST_NAME, NEXT_NAME, &encode(&manifest))?;
         if let Some(parent) = self.path.parent().filter(|p| !p.as_os_str().is_empty()) {
             flush_directory(parent)?;
         }
         self.manifest = Some(manifest);
         Ok(())
+    }
+
+    /// Marks a new directory as one into which a backup is being copied: until [`DataDirectory::write`] nothing starts
+    /// on it.
+    pub fn begin_restore(&self) -> Result<(), DirectoryError> {
+        write_whole(
+            &self.path,
+            MANIFEST_NAME,
+            NEXT_NAME,
+            &format!("{RESTORING} 1\n"),
+        )
     }
 
     /// Remembers that every shard has a log from now on: see [`has_begun`].
@@ -282,7 +294,7 @@ pub fn has_begun(directory: &Path) -> bool {
 
 /// Reads the manifest without locking the directory; `None` if there is none.
 pub fn read_manifest(directory: &Path) -> Result<Option<Manifest>, DirectoryError> {
-    let path = directory.join(NAME);
+    let path = directory.join(MANIFEST_NAME);
     match fs::read_to_string(&path) {
         Ok(text) => decode(&text, &path).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -327,6 +339,11 @@ fn decode(text: &str, path: &Path) -> Result<Manifest, DirectoryError> {
         Some(Some((found, value))) if found == name => Ok(value),
         _ => Err(damaged(&format!("the line `{name}` is missing"))),
     };
+    if text.starts_with(RESTORING) {
+        return Err(damaged(
+            "a restore into the directory has not come to its end",
+        ));
+    }
     let version = field("pelton-data")?;
     let before = version == DIRECTORY_VERSION_BEFORE.to_string();
     if !before && version != DIRECTORY_VERSION.to_string() {
@@ -366,7 +383,24 @@ fn decode(text: &str, path: &Path) -> Result<Manifest, DirectoryError> {
     Ok(manifest)
 }
 
-fn flush_directory(path: &Path) -> Result<(), DirectoryError> {
+/// Replaces a file of a directory as a whole: the text is written beside it, flushed and renamed, the directory flushed.
+pub(crate) fn write_whole(
+    directory: &Path,
+    name: &str,
+    next_name: &str,
+    text: &str,
+) -> Result<(), DirectoryError> {
+    let next = directory.join(next_name);
+    let mut file = File::create(&next).map_err(|error| failed("create", &next, error))?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(|error| failed("write", &next, error))?;
+    fs::rename(&next, directory.join(name)).map_err(|error| failed("rename", &next, error))?;
+    flush_directory(directory)
+}
+
+/// Flushes the names in a directory.
+pub fn flush_directory(path: &Path) -> Result<(), DirectoryError> {
     File::open(path)
         .and_then(|directory| directory.sync_all())
         .map_err(|error| failed("flush", path, error))
@@ -393,6 +427,9 @@ mod tests {
         );
         let mut directory = DataDirectory::open(&path).unwrap();
         assert_eq!(directory.manifest(), None);
+        directory.begin_restore().unwrap();
+        let error = read_manifest(&path).unwrap_err();
+        assert!(error.to_string().contains("restore"), "{error}");
         directory.write(manifest).unwrap();
         assert!(directory.shard(2).is_dir());
         assert!(matches!(
@@ -406,12 +443,16 @@ mod tests {
         directory.note_begun().unwrap();
         assert!(has_begun(&path));
         drop(directory);
-        let text = fs::read_to_string(path.join(NAME)).unwrap();
-        fs::write(path.join(NAME), text.replace("shards 3", "shards 4")).unwrap();
+        let text = fs::read_to_string(path.join(MANIFEST_NAME)).unwrap();
+        fs::write(
+            path.join(MANIFEST_NAME),
+            text.replace("shards 3", "shards 4"),
+        )
+        .unwrap();
         let error = DataDirectory::open(&path).unwrap_err();
         assert!(matches!(error, DirectoryError::Damaged { .. }), "{error}");
         fs::write(
-            path.join(NAME),
+            path.join(MANIFEST_NAME),
             text.replace("pelton-data 2", "pelton-data 9"),
         )
         .unwrap();

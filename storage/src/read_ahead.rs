@@ -87,7 +87,10 @@ impl Held {
     /// What is held from this place on, be it nothing, and whether the file ends with it; `None` for a place elsewhere.
     fn at(&self, place: Place) -> Option<(&[u8], bool)> {
         let start = place.offset.checked_sub(self.from.offset)? as usize;
-        let bytes = self.block.get(start..)?;
+        let bytes = match self.block.get(start..) {
+            None if self.to_end => &[],
+            bytes => bytes?,
+        };
         (place.segment == self.from.segment).then_some((bytes, self.to_end))
     }
 

@@ -6,8 +6,9 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
+    ops::RangeInclusive,
     os::unix::fs::{FileExt, OpenOptionsExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use pelton_core::{id::Lsn, limits::BATCH_BYTES_MAX};
@@ -157,43 +158,71 @@ impl Reader {
         Ok(block)
     }
 
-    /// Finds the file that holds a segment, by the headers of all files. A crash while a segment was being prepared leaves
-    /// its number twice: the later epoch counts, as it does for a start, and within one the file that has been begun.
     fn look_for(&mut self, segment: u64) -> io::Result<()> {
-        let mut best = None;
-        for entry in fs::read_dir(&self.directory)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if name.to_str().and_then(parse_segment_name).is_none() {
-                continue;
-            }
-            let mut options = File::options();
-            options.read(true).custom_flags(libc::O_DIRECT);
-            let Ok(file) = options.open(entry.path()) else {
-                continue; // It went meanwhile.
-            };
-            let mut block = Block::new(SEGMENT_DATA_OFFSET as usize + BLOCK_BYTES);
-            read_at(&file, &mut block, 0)?;
-            let header = SegmentHeader::decode(&block[..BLOCK_BYTES])
-                .or_else(|_| SegmentHeader::decode(&block[BLOCK_BYTES..2 * BLOCK_BYTES]));
-            let Ok(header) = header else {
-                continue;
-            };
-            let mine = header.shard == self.options.shard && header.log_id == self.options.log_id;
-            if mine && header.segment == segment {
-                let first = BatchHeader::peek(&block[SEGMENT_DATA_OFFSET as usize..]);
-                let begun = first.is_some_and(|batch| batch.segment == segment);
-                let rank = (header.epoch, begun);
-                if best.as_ref().is_none_or(|(known, _)| *known < rank) {
-                    best = Some((rank, (file, header.key)));
-                }
-            }
-        }
-        if let Some((_, found)) = best {
-            self.segments.insert(segment, found);
+        let mut wanted = segment_files(&self.directory, self.options, segment..=segment)?;
+        if let Some(SegmentFile { name, key }) = wanted.remove(&segment) {
+            let file = open_direct(&self.directory.join(name))?;
+            self.segments.insert(segment, (file, key));
         }
         Ok(())
     }
+}
+
+/// A file that holds a segment.
+#[derive(Debug)]
+pub(crate) struct SegmentFile {
+    pub(crate) name: String,
+    pub(crate) key: u128,
+}
+
+pub(crate) fn open_direct(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_DIRECT);
+    options.open(path)
+}
+
+/// Finds the files that hold these segments, by the headers of all files. A crash while a segment was being prepared
+/// leaves its number twice: the later epoch counts, as it does for a start, and within one the file that has been begun.
+pub(crate) fn segment_files(
+    directory: &Path,
+    options: Options,
+    segments: RangeInclusive<u64>,
+) -> io::Result<BTreeMap<u64, SegmentFile>> {
+    let mut best: BTreeMap<u64, ((u64, bool), SegmentFile)> = BTreeMap::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        if parse_segment_name(&name).is_none() {
+            continue;
+        }
+        let Ok(file) = open_direct(&entry.path()) else {
+            continue; // It went meanwhile.
+        };
+        let mut block = Block::new(SEGMENT_DATA_OFFSET as usize + BLOCK_BYTES);
+        read_at(&file, &mut block, 0)?;
+        let header = SegmentHeader::decode(&block[..BLOCK_BYTES])
+            .or_else(|_| SegmentHeader::decode(&block[BLOCK_BYTES..2 * BLOCK_BYTES]));
+        let Ok(header) = header else {
+            continue;
+        };
+        let mine = header.shard == options.shard && header.log_id == options.log_id;
+        if !mine || !segments.contains(&header.segment) {
+            continue;
+        }
+        let first = BatchHeader::peek(&block[SEGMENT_DATA_OFFSET as usize..]);
+        let begun = first.is_some_and(|batch| batch.segment == header.segment);
+        let rank = (header.epoch, begun);
+        let known = best.get(&header.segment);
+        if known.is_none_or(|(known, _)| *known < rank) {
+            let key = header.key;
+            let found = SegmentFile { name, key };
+            best.insert(header.segment, (rank, found));
+        }
+    }
+    let found = best.into_iter();
+    Ok(found.map(|(segment, (_, file))| (segment, file)).collect())
 }
 
 enum Held<'b> {
@@ -203,7 +232,7 @@ enum Held<'b> {
     No,
 }
 
-fn read_at(file: &File, block: &mut Block, offset: u64) -> io::Result<usize> {
+pub(crate) fn read_at(file: &File, block: &mut Block, offset: u64) -> io::Result<usize> {
     let mut read = 0;
     while read < block.len() {
         match file.read_at(&mut block[read..], offset + read as u64) {

@@ -15,6 +15,7 @@ use pelton_core::{
     state::State,
 };
 use pelton_storage::{
+    backup::{BACKUP_VERSION, Backup, CopiedFile, ShardCopy, copied_name},
     format::*,
     log::{
         CARRY_AFTER_NS, DEAD_COUNT_MAX, FILL_PIECES_MAX, Options, PREPARE_AGAIN_NS, PREPARED_COUNT,
@@ -23,6 +24,7 @@ use pelton_storage::{
     manifest::{DIRECTORY_VERSION, DataDirectory, Manifest},
     segment::{FILL_PIECE_BYTES, segment_name},
     snapshot::{PIECE_HEADER_BYTES, SNAPSHOT_VERSION, SNAPSHOTS_KEPT, encode_piece, snapshot_name},
+    tally::Counts,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -381,6 +383,7 @@ fn the_numbers_in_the_document_are_the_constants() {
         ("piece header", PIECE_HEADER_BYTES),
         ("largest payload of a piece", SNAPSHOT_PIECE_BYTES),
         ("snapshots kept", SNAPSHOTS_KEPT),
+        ("backup version", BACKUP_VERSION as usize),
     ]);
     assert_eq!(pairs("## Numbers"), constants);
     let places: Vec<String> = pairs("## Segments").into_iter().map(|row| row.0).collect();
@@ -412,6 +415,47 @@ fn the_numbers_in_the_document_are_the_constants() {
         assert_eq!(name, known);
         assert!(PieceKind::from_number(number.parse().unwrap()).is_some());
     }
+}
+
+#[test]
+fn a_backup_reads_as_the_document_shows_it() {
+    let document = document();
+    let shown = document.split("```backup\n").nth(1).unwrap();
+    let shown = shown.split("```").next().unwrap();
+    let segment_bytes = SEGMENT_BYTES_DEFAULT as u64;
+    let log_id = 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef;
+    let manifest = Manifest::new(log_id, 2, segment_bytes).next(1, 12);
+    let file = |segment, bytes, checksum| CopiedFile {
+        name: copied_name(&manifest, 0, 3, segment),
+        bytes,
+        checksum,
+    };
+    let backup = Backup {
+        manifest,
+        program: "0.1.0".to_owned(),
+        taken_ms: 1_795_795_167_232,
+        shards: vec![ShardCopy {
+            first: 3,
+            end: Lsn(4 * segment_bytes + 28_672),
+            counts: Counts {
+                live: 17,
+                tasks: 20,
+                records: 65,
+                batches: 9,
+            },
+        }],
+        history_rows: Some(1200),
+        files: vec![
+            file(3, segment_bytes, 0xf763_0fe2_0112_a02f),
+            file(4, 28_672, 0xbbdb_2b23_dbe4_8220),
+        ],
+    };
+    let folder = std::env::temp_dir().join(format!("pelton-format-backup-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    backup.write(&folder).unwrap();
+    let written = std::fs::read_to_string(folder.join("BACKUP")).unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(shown, written);
 }
 
 #[test]

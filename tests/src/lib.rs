@@ -18,5 +18,5 @@ pub mod chaos;
 
 pub use deadline::{PATIENCE, eventually};
 pub use disk::Disk;
-pub use server::{Server, ServerOptions, pelton};
+pub use server::{Server, ServerOptions, binary, pelton};
 pub use worker::Worker;

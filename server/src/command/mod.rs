@@ -1,10 +1,12 @@
-//! One file per command; `exit`, `connect`, `table` and `time` are what they share.
+//! One file per command; `exit`, `connect`, `table`, `bar` and `time` are what they share.
 
 pub mod exit;
 
 pub mod connect;
 
 pub mod table;
+
+pub mod bar;
 
 pub mod time;
 
@@ -31,6 +33,10 @@ pub mod key;
 pub mod executor;
 
 pub mod doctor;
+
+pub mod backup;
+
+pub mod restore;
 
 pub mod config;
 

@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
+    backup::Backups,
     command::{
         doctor::check_before_serving,
         exit::{Exit, Failure},
@@ -128,6 +129,7 @@ fn serve(config: &Config) -> Result<(), String> {
         heartbeat: Duration::from_millis(config.heartbeat_ms.value),
         linger: LINGER,
         certificate: Arc::clone(&certificate),
+        backups: Arc::new(Backups::new(Arc::clone(&engine))),
     };
     let running = Edges::start(Arc::clone(&engine), keys, settings).map_err(|e| e.to_string())?;
     let _state = State::write(data, running.local_addr(), &certificate)?;

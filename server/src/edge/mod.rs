@@ -30,7 +30,7 @@ use tokio::{
     task::LocalSet,
 };
 
-use crate::{edge::hub::Hub, keys::Keys};
+use crate::{backup::Backups, edge::hub::Hub, keys::Keys};
 
 /// What the edges are told.
 #[derive(Clone)]
@@ -51,6 +51,8 @@ pub struct EdgeSettings {
     pub linger: Duration,
     /// The server's certificate.
     pub certificate: Arc<Certificate>,
+    /// The server's backups.
+    pub backups: Arc<Backups>,
 }
 
 /// Why the edges do not start.

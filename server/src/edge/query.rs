@@ -406,6 +406,21 @@ impl Session {
                 }
                 Ok(json!({ "key": id, "revoked": true }))
             }
+            Operation::BackupStart => {
+                needs(self.scopes.admin(), "admin")?;
+                fields.only(&["path"])?;
+                hub.settings.backups.start(fields.text("path")?).await
+            }
+            Operation::BackupStatus => {
+                needs(self.scopes.admin(), "admin")?;
+                fields.only(&["backup"])?;
+                hub.settings.backups.status(fields.number("backup", 0)?)
+            }
+            Operation::BackupCancel => {
+                needs(self.scopes.admin(), "admin")?;
+                fields.only(&["backup"])?;
+                hub.settings.backups.cancel(fields.number("backup", 0)?)
+            }
         }
     }
 
@@ -851,6 +866,7 @@ fn describe_shard(stats: &ShardStats) -> Value {
         "snapshot_bytes": stats.log.snapshot_bytes,
         "replay_bytes": stats.log.replay_bytes,
         "replay_records": stats.log.replay_records,
+        "held": stats.log.held,
         "buffers_registered": stats.registered,
         "poisoned": stats.poisoned,
     });
