@@ -250,6 +250,55 @@ async fn backup_under_load() {
 }
 
 #[tokio::test]
+async fn what_was_placed_on_other_shards_is_backed_up_and_placed_again_after_a_restore() {
+    let mut server = server(2);
+    server.restart();
+    let client = server.client().await;
+    make(&client, "f").await;
+    let mut tasks = BTreeMap::new();
+    for number in 0..60 {
+        let name = format!("t{number}");
+        let task = Task::new(payload(&name, 3_000)).task_id(&name);
+        tasks.insert(name, client.submit("f", task).await.unwrap().request_id);
+    }
+    let worker = echo(&server, "f").await;
+    for name in tasks.keys().take(20) {
+        client.wait(&given("f", name), PATIENCE).await.unwrap();
+    }
+    worker.close().await.unwrap();
+    server.kill9();
+    server.set_shards(3);
+    server.restart();
+    // A generation has its folders and its logs, also in a backup.
+    let target = server.folder().join("backup");
+    let (code, _, said) = run(&["backup", text(&target)], &server.data()).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(target.join("shard-002.2/segment-000001.plt").exists());
+
+    let mut restored = self::server(3);
+    let (code, _, said) = run(&["restore", text(&target)], &restored.data()).await;
+    assert_eq!(code, 0, "{said}");
+    for shards in [3, 1] {
+        restored.set_shards(shards);
+        restored.restart();
+        let client = restored.client().await;
+        for (name, request) in &tasks {
+            let task = Task::new(payload(name, 3_000)).task_id(name);
+            let again = client.submit("f", task).await.unwrap();
+            assert!(again.duplicate && again.request_id == *request, "{name}");
+        }
+        restored.stop();
+    }
+    restored.restart();
+    let _worker = echo(&restored, "f").await;
+    let client = restored.client().await;
+    for (name, request) in &tasks {
+        let end = client.wait(&TaskName::Request(*request), PATIENCE).await;
+        assert_eq!(end.unwrap().result.unwrap(), payload(name, 3_000), "{name}");
+    }
+}
+
+#[tokio::test]
 async fn a_restore_finds_and_names_a_damaged_byte_in_any_file_and_leaves_nothing() {
     let mut server = server(2);
     server.restart();
