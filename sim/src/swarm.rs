@@ -254,10 +254,10 @@ impl Plan {
             dedup_window_ms: if r.one_in(2) { 300 } else { 86_400_000 },
             wall_jump_ms: [100, 30_000, 7_200_000][r.below(3) as usize],
             delay_ms: [3_000, 3_000, 7_200_000][r.below(3) as usize],
-            // Packing at every turn takes longer than all the rest.
-            task_pages_max: match r.below(16) {
-                0 => 0,
-                1 => 1,
+            // With one page most of the time goes into packing.
+            task_pages_max: match r.below(64) {
+                0 => 1,
+                1..=6 => 2,
                 _ => 1_000,
             },
         }
