@@ -5,13 +5,14 @@
 //! folders of the other kind behind, which the next start removes once it has found all of its own logs sound.
 
 use std::{
+    collections::BTreeSet,
     fmt, thread,
     time::{Duration, Instant},
 };
 
 use pelton_core::{
     clock::Now,
-    id::{Lsn, ShardId, shard_of},
+    id::{Lsn, RequestId, ShardId, shard_of},
     limits::{RECORD_BYTES_MAX, SHARD_COUNT_MAX},
     moved::Tally,
     shard::{Options as CoreOptions, Shard},
@@ -209,11 +210,13 @@ fn place_all(
     }
     let written = write(directory, &old, &new, &mut found, options).and_then(|written| {
         let mut tally = Tally::default();
-        found
-            .iter()
-            .for_each(|found| tally.add(found.shard.tally()));
+        let mut lost = BTreeSet::new();
+        for found in &found {
+            tally.add(found.shard.tally());
+            lost.extend(found.shard.lost_failures());
+        }
         drop(found);
-        check(directory, &new, options, now, tally)
+        check(directory, &new, options, now, (tally, &lost))
             .map_err(|error| refuse(NotPlaced::Carry(error)))?;
         Ok(written)
     });
@@ -380,7 +383,7 @@ fn check(
     new: &Manifest,
     options: &Options,
     now: Now,
-    old: Tally,
+    (old, lost): (Tally, &BTreeSet<RequestId>),
 ) -> Result<(), PlaceError> {
     let mut tally = Tally::default();
     for number in 0..new.shards {
@@ -397,7 +400,7 @@ fn check(
             }
         })?;
         shard.start(now, Lsn(0));
-        tally.add(shard.tally());
+        tally.add(shard.tally_without(lost));
     }
     match tally == old {
         true => Ok(()),

@@ -27,11 +27,17 @@ pub enum Recovery {
     SnapshotPassedOver,
     /// Damage in front of a snapshot's start, which the start does not look at.
     BehindSnapshot,
+    /// All tasks were placed on another number of shards.
+    Placed,
+    /// A disk failed while they were being placed.
+    PlacingFailed,
+    /// They were not placed, since what holds a key is not in the log any more.
+    NotPlaced,
 }
 
 impl Recovery {
     /// Every end.
-    pub const ALL: [Recovery; 9] = [
+    pub const ALL: [Recovery; 12] = [
         Recovery::Empty,
         Recovery::Clean,
         Recovery::TornTail,
@@ -41,6 +47,9 @@ impl Recovery {
         Recovery::FromSnapshot,
         Recovery::SnapshotPassedOver,
         Recovery::BehindSnapshot,
+        Recovery::Placed,
+        Recovery::PlacingFailed,
+        Recovery::NotPlaced,
     ];
 }
 

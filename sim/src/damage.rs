@@ -5,10 +5,7 @@
 //! A damaged last batch that nothing vouches for is taken for a torn one: a limit of the log that is known. Such damage
 //! is repaired before the start, and counted.
 
-use pelton_core::{
-    id::Lsn,
-    shard::{Options as ShardOptions, Shard},
-};
+use pelton_core::{id::Lsn, shard::Shard};
 use pelton_storage::{
     format::{BLOCK_BYTES, BatchHeader},
     log::Options,
@@ -117,14 +114,11 @@ pub fn expected(device: &MemoryDevice, options: Options) -> Result<Expected, Vio
 pub fn is_named(
     device: &mut MemoryDevice,
     options: Options,
+    mut shard: Shard,
     places: &[Lsn],
 ) -> Result<String, Violation> {
     let changes = device.changes();
     let damage = device.damage();
-    let mut shard = Shard::new(ShardOptions {
-        segment_bytes: options.segment_bytes,
-        ..ShardOptions::default()
-    });
     let started = recover_with(&mut *device, options, &mut shard);
     let error = match started {
         Ok((_, report)) => {

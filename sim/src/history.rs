@@ -52,6 +52,11 @@ impl History {
         self.sources[shard].flushed_through
     }
 
+    /// All tasks were placed on so many shards: what is known of the logs is void, what history has it keeps.
+    pub fn place(&mut self, shards: u16) {
+        self.sources = History::new(shards).sources;
+    }
+
     /// The power has failed.
     pub fn crashed(&mut self) {
         for source in &mut self.sources {

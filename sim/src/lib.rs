@@ -3,7 +3,7 @@
 //! byte that becomes durable and checks everything that leaves a shard against it.
 //!
 //! Reading order: `swarm` is what a seed draws; `world` the process, its faults and its clock; `host` one shard over
-//! its log; `caller` and `worker` those outside; `history` keeps what has ended; `oracle` what must hold, `damage` what a
+//! its log; `place` a start with other shards; `caller` and `worker` those outside; `history` keeps what has ended; `oracle` what must hold, `damage` what a
 //! damaged disk must come to; `coverage` what was reached; `trace` what is compared and printed; `run`
 //! one seed from its draw to its verdict; `report` what many did;
 //! `shrink` a failing seed made smaller.
@@ -13,6 +13,8 @@ pub mod swarm;
 pub mod world;
 
 pub mod host;
+
+mod place;
 
 pub mod caller;
 

@@ -12,7 +12,7 @@ use pelton_core::{
     event::{
         Answer, Durability, Ended, Execute, Finished, OutcomeAck, Reply, Start, TaskView, Verdict,
     },
-    id::{FunctionId, Lsn, RequestId, TenantId, Token},
+    id::{FunctionId, Lsn, RequestId, TenantId, Token, shard_of},
     limits::MAX_AGE_S_DEFAULT,
     record::{Record, read},
     state::State,
@@ -224,6 +224,16 @@ impl Oracle {
         Oracle {
             disks: (0..shards).map(|_| Disk::default()).collect(),
             ..Oracle::default()
+        }
+    }
+
+    /// All tasks were placed on so many shards, in logs of which nothing was read yet.
+    pub fn place(&mut self, shards: u16) {
+        let disks = (0..shards).map(|_| Disk::default()).collect();
+        let before = std::mem::replace(&mut self.disks, disks);
+        for request in before.into_iter().flat_map(|disk| disk.unfinished) {
+            let shard = usize::from(shard_of(request.cell(), shards).0);
+            self.disks[shard].unfinished.insert(request);
         }
     }
 

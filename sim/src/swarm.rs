@@ -48,6 +48,8 @@ pub enum Fault {
     MisdirectedWrite,
     /// A block that was written rots.
     Rot,
+    /// The power fails, and the next start has another number of shards.
+    OtherShards,
 }
 
 impl Fault {
@@ -59,7 +61,7 @@ impl Fault {
     }
 
     /// Every kind.
-    pub const ALL: [Fault; 19] = [
+    pub const ALL: [Fault; 20] = [
         Fault::Crash,
         Fault::CrashInTurn,
         Fault::ReadError,
@@ -79,6 +81,7 @@ impl Fault {
         Fault::LostWrite,
         Fault::MisdirectedWrite,
         Fault::Rot,
+        Fault::OtherShards,
     ];
 }
 
@@ -205,6 +208,7 @@ impl Plan {
                 Fault::CrashAtDisk => (r.one_in(2), 1 + r.below(3)),
                 Fault::CrashInRecovery => (r.one_in(2), 1 + r.below(3)),
                 Fault::ReadErrorAtStart => (r.one_in(4), 1),
+                Fault::OtherShards => (r.one_in(3), 1 + r.below(3)),
                 Fault::LostWrite | Fault::MisdirectedWrite | Fault::Rot => {
                     (r.one_in(4), 1 + r.below(3))
                 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use pelton_core::{
     error::Code,
     event::{Control, Execute, Outcome, OutcomeAck, OutcomeBatch, Reply, Span, Verdict, stow},
-    id::{ConnectionId, FunctionId, RequestId, Token},
+    id::{ConnectionId, FunctionId, RequestId, Token, shard_of},
 };
 use pelton_storage::memory::Random;
 
@@ -80,6 +80,27 @@ impl Worker {
             leases: BTreeMap::new(),
             lines: (0..plan.shards).map(|_| Line::default()).collect(),
             untold: None,
+        }
+    }
+
+    /// All tasks were placed on so many shards while it had no connection.
+    pub fn place(&mut self, shards: u16) {
+        let shard = |request: RequestId| usize::from(shard_of(request.cell(), shards).0);
+        let lines = (0..shards).map(|_| Line::default()).collect();
+        for line in std::mem::replace(&mut self.lines, lines) {
+            for attempt in line.outbox {
+                self.lines[shard(attempt.0)].outbox.push_back(attempt);
+            }
+            for confirmed in line.confirmed {
+                let of = &mut self.lines[shard(confirmed.0.0)];
+                of.confirmed.push_back(confirmed);
+            }
+            for attempt in line.ever {
+                self.lines[shard(attempt.0)].ever.insert(attempt);
+            }
+        }
+        for ((request, _), lease) in &mut self.leases {
+            lease.shard = shard(*request);
         }
     }
 

@@ -13,7 +13,8 @@ use pelton_core::{
 };
 use pelton_storage::{
     device::DeviceOp,
-    log::{Options as LogOptions, READ_TRIES},
+    log::READ_TRIES,
+    manifest::Manifest,
     memory::{MemoryDevice, Random},
     recover::{Outcome as Recovered, inspect, records, recover_with},
 };
@@ -30,6 +31,8 @@ use crate::{
     worker::{Sending, Worker},
 };
 
+/// What identifies the logs of the first generation.
+const LOG_ID: u128 = 42;
 /// Wall time at the start of every world.
 const WALL_MS: u64 = 1_790_000_000_000;
 /// Virtual time within which a healed world must come to rest: what is due by a wall clock that jumped four times may
@@ -171,7 +174,8 @@ pub struct World {
     wall_offset_ms: i64,
     clock: LoggedClock,
     pub(crate) hosts: Vec<Host>,
-    disks: Vec<MemoryDevice>,
+    pub(crate) disks: Vec<MemoryDevice>,
+    pub(crate) manifest: Manifest,
     /// What edges know.
     pub(crate) directory: Directory,
     pub(crate) connections: u64,
@@ -195,6 +199,7 @@ pub struct World {
     crash_at_disk: Option<&'static str>,
     crash_in_recovery: bool,
     read_error_at_start: bool,
+    other_shards: bool,
     pub(crate) healing: bool,
 }
 
@@ -236,6 +241,7 @@ impl World {
             clock: LoggedClock::start(0, WALL_MS, 0),
             hosts: Vec::new(),
             disks,
+            manifest: Manifest::new(LOG_ID, plan.shards, SEGMENT_BYTES),
             directory: Directory::default(),
             connections: 0,
             callers,
@@ -253,6 +259,7 @@ impl World {
             crash_at_disk: None,
             crash_in_recovery,
             read_error_at_start: false,
+            other_shards: false,
             healing: false,
             plan,
         }
@@ -415,7 +422,8 @@ impl World {
             Happening::HistoryActs => self.history_acts()?,
             Happening::Breaks { fault } => self.breaks(fault),
             Happening::SpaceIsBack { shard } => {
-                if self.up {
+                // There may be fewer shards by now.
+                if self.up && shard < self.hosts.len() {
                     self.hosts[shard].log.device().limit_space(usize::MAX);
                     self.wake(shard, 1_000);
                 }
@@ -644,6 +652,10 @@ impl World {
                 self.read_error_at_start = true;
                 self.crash(Moment::BetweenTurns);
             }
+            Fault::OtherShards => {
+                self.other_shards = true;
+                self.crash(Moment::BetweenTurns);
+            }
             Fault::LostWrite => self.hosts[shard].log.device().lose_next_write(),
             Fault::MisdirectedWrite => self.hosts[shard].log.device().misdirect_next_write(),
             Fault::Rot => {
@@ -730,31 +742,16 @@ impl World {
             self.after(delay, Happening::Restart);
             return Ok(());
         }
+        if std::mem::take(&mut self.other_shards) {
+            self.place()?;
+        }
         let mut last_ms = 0;
         let mut found = Vec::new();
         for (index, mut device) in std::mem::take(&mut self.disks).into_iter().enumerate() {
             device.limit_space(usize::MAX);
-            let options = Options {
-                shard: ShardId(index as u16),
-                shards: self.plan.shards,
-                segment_bytes: SEGMENT_BYTES,
-                seed: self.random.draw(),
-                payload_bytes_max: self.plan.payload_bytes_max,
-                fetched_bytes_max: self.plan.fetched_bytes_max,
-                finished_max: self.plan.finished_max,
-                finished_bytes_max: self.plan.finished_bytes_max,
-                history_lag_max: if self.plan.history {
-                    self.plan.history_lag_max
-                } else {
-                    0
-                },
-                lease_ms: self.plan.lease_ms,
-                dedup_window_ms: self.plan.dedup_window_ms,
-                task_pages_max: self.plan.task_pages_max,
-                ..Options::default()
-            };
+            let options = self.shard_options(index);
             let mut shard = Shard::new(options);
-            let log_options = log_options(index);
+            let log_options = self.manifest.log(index as u16);
             let recovered = recover_with(device, log_options, &mut shard);
             let (mut log, report) = recovered.map_err(|error| Violation {
                 invariant: "a_crash_is_no_corruption",
@@ -835,12 +832,36 @@ impl World {
         Ok(())
     }
 
+    /// What a shard is made with.
+    pub(crate) fn shard_options(&mut self, index: usize) -> Options {
+        Options {
+            shard: ShardId(index as u16),
+            shards: self.manifest.shards,
+            first_page: self.manifest.first_page,
+            page_shift: self.manifest.page_shift,
+            segment_bytes: SEGMENT_BYTES,
+            seed: self.random.draw(),
+            payload_bytes_max: self.plan.payload_bytes_max,
+            fetched_bytes_max: self.plan.fetched_bytes_max,
+            finished_max: self.plan.finished_max,
+            finished_bytes_max: self.plan.finished_bytes_max,
+            history_lag_max: if self.plan.history {
+                self.plan.history_lag_max
+            } else {
+                0
+            },
+            lease_ms: self.plan.lease_ms,
+            dedup_window_ms: self.plan.dedup_window_ms,
+            task_pages_max: self.plan.task_pages_max,
+        }
+    }
+
     /// What damaged disks must come to, and starts that do not get to their end. False if this is one of them.
     fn disks_are_ready(&mut self) -> Result<bool, Violation> {
         let mut disks = std::mem::take(&mut self.disks);
         for (index, device) in disks.iter_mut().enumerate() {
             device.limit_space(usize::MAX);
-            let options = log_options(index);
+            let options = self.manifest.log(index as u16);
             let named = match expected(device, options)? {
                 Expected::Sound => continue,
                 Expected::Either => "a header that nobody needs".to_owned(),
@@ -854,7 +875,12 @@ impl World {
                 }
                 Expected::Named(places) => {
                     self.counts.coverage.recovery(Recovery::Corrupt);
-                    is_named(device, options, &places)?
+                    is_named(
+                        device,
+                        options,
+                        Shard::new(self.shard_options(index)),
+                        &places,
+                    )?
                 }
             };
             self.trace.event(self.now_ns, &[10, index as u64], || {
@@ -876,11 +902,9 @@ impl World {
             } else {
                 device.lose_power_at(kind, before);
             }
-            let mut shard = Shard::new(Options {
-                segment_bytes: SEGMENT_BYTES,
-                ..Options::default()
-            });
-            let started = recover_with(&mut *device, log_options(index), &mut shard).is_ok();
+            let mut shard = Shard::new(self.shard_options(index));
+            let started =
+                recover_with(&mut *device, self.manifest.log(index as u16), &mut shard).is_ok();
             if fails && started && !device.names().is_empty() {
                 broken(
                     "a_failed_read_is_no_end",
@@ -966,6 +990,7 @@ impl World {
         self.crash_at_disk = None;
         self.crash_in_recovery = false;
         self.read_error_at_start = false;
+        self.other_shards = false;
         self.heal_workers();
         self.heal_configuration();
         Ok(())
@@ -1026,14 +1051,6 @@ impl World {
             }
         }
         Ok(())
-    }
-}
-
-fn log_options(shard: usize) -> LogOptions {
-    LogOptions {
-        shard: shard as u16,
-        log_id: 42,
-        segment_bytes: SEGMENT_BYTES,
     }
 }
 

@@ -10,9 +10,9 @@ use std::{
 use pelton_core::id::Lsn;
 
 use crate::{
+    count::Counts,
     manifest::{DirectoryError, Manifest, write_whole},
     segment::segment_name,
-    tally::Counts,
 };
 
 /// Version of a backup's layout.

@@ -19,6 +19,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     backup::{CopiedFile, ShardCopy, copied_name, last_segment},
+    count::{Counter, Counts, Uncountable},
     device::Block,
     file::FileDevice,
     format::{BLOCK_BYTES, BatchHeader, SEGMENT_DATA_OFFSET},
@@ -26,7 +27,6 @@ use crate::{
     manifest::Manifest,
     reader::{SegmentFile, open_direct, read_at, segment_files},
     recover::{RecoverError, Report, inspect},
-    tally::{Counts, Tally, Uncountable},
 };
 
 /// Bytes of one read, and of one write.
@@ -152,14 +152,14 @@ impl LogCopy {
             }
             copied.push(sink.finish(name)?);
         }
-        if chain.tally.end() != self.end {
-            let at = chain.tally.end().max(self.start());
+        if chain.counter.end() != self.end {
+            let at = chain.counter.end().max(self.start());
             return Err(self.damaged(at, "the batch here is unreadable, and it was durable"));
         }
         let shard = ShardCopy {
             first: self.first,
             end: self.end,
-            counts: chain.tally.counts(),
+            counts: chain.counter.counts(),
         };
         Ok((shard, copied))
     }
@@ -209,7 +209,7 @@ struct Chain {
     offset: u64,
     /// No batch of this segment follows any more.
     over: bool,
-    tally: Tally,
+    counter: Counter,
 }
 
 impl Chain {
@@ -256,7 +256,7 @@ impl Chain {
                 self.over = true;
                 break;
             }
-            self.tally
+            self.counter
                 .take(&header, batch)
                 .map_err(|why| (header, why))?;
             self.crc = Some(header.crc);
@@ -308,7 +308,7 @@ pub struct JudgedLog {
 
 /// Reads and judges a log as a start does, and counts what is in it. Changes nothing.
 pub fn judge(folder: &Path, options: Options, step: &mut Step<'_>) -> Result<JudgedLog, CopyError> {
-    let mut tally = Tally::default();
+    let mut counter = Counter::default();
     let mut stopped = false;
     let mut device = FileDevice::new(folder);
     let judged = inspect(&mut device, options, &mut |header, batch| {
@@ -316,7 +316,7 @@ pub fn judge(folder: &Path, options: Options, step: &mut Step<'_>) -> Result<Jud
             stopped = true;
             return Ok(());
         }
-        tally.take(header, batch).map_err(|why| {
+        counter.take(header, batch).map_err(|why| {
             let segment = header.segment;
             let files = segment_files(folder, options, segment..=segment);
             let file = files.ok().and_then(|mut files| files.remove(&segment));
@@ -329,9 +329,9 @@ pub fn judge(folder: &Path, options: Options, step: &mut Step<'_>) -> Result<Jud
     }
     Ok(JudgedLog {
         report: judged?,
-        counts: tally.counts(),
-        end: tally.end(),
-        retired: tally.retired(),
+        counts: counter.counts(),
+        end: counter.end(),
+        retired: counter.retired(),
     })
 }
 

@@ -4,7 +4,7 @@
 //! Reading order: `format` is the bytes; `device` the seam to the disk; `segment` the life of a file; `log` the live
 //! log; `snapshot` what spares a start most of it; `read_ahead` reads its segments ahead for `recover`, which finds it
 //! again; `memory` a disk for tests; `file` one that is only read; `manifest` what a data directory is, and `backup` what
-//! a copy of one is; `place` writes what lives in logs into others; `tally` counts what a log holds; `reader` reads records
+//! a copy of one is; `place` writes what lives in logs into others; `count` counts what a log holds; `reader` reads records
 //! from another thread, and `copy` whole logs.
 
 pub mod format;
@@ -31,7 +31,7 @@ pub mod place;
 
 pub mod backup;
 
-pub mod tally;
+pub mod count;
 
 #[cfg(feature = "device")]
 pub mod reader;

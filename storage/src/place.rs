@@ -3,7 +3,8 @@
 //! (`pelton_core::moved`), and a start reads them in the same way.
 //!
 //! An old log is gone through twice, tasks and names the first time and outcomes the second, since a start finds the task
-//! of a moved outcome only behind the task. Whatever is written is durable when [`carry`] returns, and the old logs are as
+//! of a moved outcome only behind the task. Before that come failures that are forgotten and hold their keys still: another
+//! task may have their slot, and a start takes the one that comes last. Whatever is written is durable when [`carry`] returns, and the old logs are as
 //! they were.
 
 use std::fmt;
@@ -154,19 +155,15 @@ pub fn carry<D: Device, N: Device>(
         .map(|old| old.segments * old.options.segment_bytes);
     let (mut gone_through, all) = (0, 2 * all.sum::<u64>());
     let mut written = Written::default();
-    for outcomes in [false, true] {
+    for pass in [Pass::Holds, Pass::Tasks, Pass::Outcomes] {
         for old in &mut *old {
-            carry_log(
-                old,
-                outcomes,
-                count,
-                &mut writers,
-                &mut written,
-                &mut |bytes| {
-                    gone_through += bytes;
-                    said(gone_through.min(all), all);
-                },
-            )?;
+            if pass == Pass::Holds && old.shard.lost_failures().next().is_none() {
+                continue;
+            }
+            carry_log(old, pass, count, &mut writers, &mut written, &mut |bytes| {
+                gone_through += bytes;
+                said(gone_through.min(all), all);
+            })?;
         }
     }
     said(all, all);
@@ -179,10 +176,20 @@ pub fn carry<D: Device, N: Device>(
     Ok((devices, written))
 }
 
-/// Goes through an old log once and writes the outcomes that live in it, or everything else that does.
+/// What is written while an old log is gone through.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    /// Forgotten failures that hold their keys.
+    Holds,
+    /// Other tasks, and names.
+    Tasks,
+    Outcomes,
+}
+
+/// Goes through an old log once.
 fn carry_log<D: Device, N: Device>(
     old: &mut Source<'_, D>,
-    outcomes: bool,
+    pass: Pass,
     count: u16,
     writers: &mut [Writer<N>],
     written: &mut Written,
@@ -202,7 +209,13 @@ fn carry_log<D: Device, N: Device>(
             let record = read_record(schema, body).map_err(|_| ())?;
             shard.keep_small();
             let lost = shard.lost_failure(&record);
-            let moved = lost.or_else(|| shard.moved(position, &record));
+            let moved = match pass {
+                Pass::Holds => lost,
+                Pass::Tasks if lost.is_some() => None,
+                Pass::Tasks => shard.moved(position, &record),
+                Pass::Outcomes => lost.or_else(|| shard.moved(position, &record)),
+            };
+            let outcomes = pass == Pass::Outcomes;
             let Some(moved) = moved.filter(|m| matches!(m, Moved::Outcome { .. }) == outcomes)
             else {
                 return Ok(());

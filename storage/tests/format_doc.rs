@@ -16,6 +16,7 @@ use pelton_core::{
 };
 use pelton_storage::{
     backup::{BACKUP_VERSION, Backup, CopiedFile, ShardCopy, copied_name},
+    count::Counts,
     format::*,
     log::{
         CARRY_AFTER_NS, DEAD_COUNT_MAX, FILL_PIECES_MAX, Options, PREPARE_AGAIN_NS, PREPARED_COUNT,
@@ -24,7 +25,6 @@ use pelton_storage::{
     manifest::{DIRECTORY_VERSION, DataDirectory, Manifest},
     segment::{FILL_PIECE_BYTES, segment_name},
     snapshot::{PIECE_HEADER_BYTES, SNAPSHOT_VERSION, SNAPSHOTS_KEPT, encode_piece, snapshot_name},
-    tally::Counts,
 };
 use xxhash_rust::xxh3::xxh3_64;
 

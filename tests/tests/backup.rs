@@ -462,7 +462,13 @@ async fn one_backup_at_a_time_goes_into_a_place_of_its_own_and_nobody_leaves_one
     eventually("it is whole or gone", settled).await;
     // An orderly end does not wait for one.
     let last = server.folder().join("last");
-    start(&last).await;
+    let wish = json!({ "path": last }).to_string();
+    // The one before has its end a moment after its folder has.
+    let begins = async || {
+        let begun = client.query(Operation::BackupStart, &wish).await;
+        begun.is_ok()
+    };
+    eventually("the last one begins", begins).await;
     server.stop();
     assert!(!last.exists());
 }

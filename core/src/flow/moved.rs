@@ -1,6 +1,8 @@
 //! Moved: what still lives where a record was read, as the record that says it in another place. Cleaning writes it at the
 //! end of the same log, and placing a directory's tasks on another number of shards writes it to another one.
 
+use alloc::collections::BTreeSet;
+
 use crate::{
     flow::{
         admit::{key_hash, name_hash},
@@ -123,8 +125,17 @@ impl Tally {
 impl Shard {
     /// Counts the tasks, names and held keys of a shard that has started and has not stepped.
     pub fn tally(&self) -> Tally {
+        self.tally_without(&BTreeSet::new())
+    }
+
+    /// As [`Shard::tally`], but for these tasks, which are carried for the hold on their key alone: see
+    /// [`Shard::lost_failures`].
+    pub fn tally_without(&self, lost: &BTreeSet<RequestId>) -> Tally {
         let mut tally = Tally::default();
         self.tasks.scan(0..self.tasks.used(), |slot, task| {
+            if !lost.is_empty() && lost.contains(&self.request_of(slot, task)) {
+                return;
+            }
             let state = task.state();
             let (due_ms, ended_ms, outcome) = match state {
                 State::Scheduled | State::Retrying => (task.at, 0, false),
@@ -150,19 +161,6 @@ impl Shard {
                 held,
             ]);
         });
-        for (request, failure) in &self.replayed.lost {
-            tally.finished += 1;
-            tally.hash(&[
-                request.0,
-                u128::from(failure.function.0),
-                State::Failed as u128,
-                u128::from(failure.token.attempt) << 8 | u128::from(failure.retries),
-                0,
-                u128::from(failure.ended_ms),
-                1,
-                0,
-            ]);
-        }
         for (_, name) in self.names.iter() {
             let until_ms = name.request.accepted_ms() + self.options.dedup_window_ms;
             if until_ms > self.now.logged_ms {
@@ -239,6 +237,12 @@ impl Shard {
             }
             Record::Lease(_) | Record::Move(_) | Record::Config(_) | Record::Clock(_) => None,
         }
+    }
+
+    /// Failed tasks that are not in memory any more and hold their ordering keys. The slots of some belong to other tasks by
+    /// now: their records must come in front of those of all others.
+    pub fn lost_failures(&self) -> impl Iterator<Item = RequestId> {
+        self.replayed.lost.keys().copied()
     }
 
     /// As [`Shard::moved`], for a failed task that is not in memory any more and still holds its ordering key: the hold is

@@ -31,7 +31,7 @@ pub struct Counts {
 
 /// Counts the records of one shard's log in their order. It keeps eight bytes for each slot of the shard's table.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct Counter {
     counts: Counts,
     /// By slot, from pages: the running number of its last task plus one, and whether that is live.
     pages: BTreeMap<u32, Box<[u64]>>,
@@ -53,7 +53,7 @@ pub enum Uncountable {
     Lengths,
 }
 
-impl Tally {
+impl Counter {
     /// Takes the next batch.
     pub fn take(&mut self, header: &BatchHeader, batch: &[u8]) -> Result<(), Uncountable> {
         let mut failed = None;
@@ -176,7 +176,10 @@ mod tests {
     }
 
     /// A tally of one batch that `fill` writes.
-    fn tally(tally: &mut Tally, fill: impl FnOnce(&mut BatchSpace<'_>)) -> Result<(), Uncountable> {
+    fn tally(
+        tally: &mut Counter,
+        fill: impl FnOnce(&mut BatchSpace<'_>),
+    ) -> Result<(), Uncountable> {
         let mut bytes = vec![0; 64 << 10];
         let mut space = BatchSpace {
             bytes: &mut bytes,
@@ -204,7 +207,7 @@ mod tests {
 
     #[test]
     fn an_end_counts_for_its_own_task_and_a_slot_that_is_used_again_for_the_next() {
-        let mut counted = Tally::default();
+        let mut counted = Counter::default();
         let task = |seq, slot| TaskRecordV1 {
             request: request(seq, slot).0,
             tenant: 1,
