@@ -107,6 +107,10 @@ pub fn expected(device: &MemoryDevice, options: Options) -> Result<Expected, Vio
     }
     let mut places = vec![place];
     places.extend(first.checked_sub(1).map(|before| batches[before].end()));
+    if names.iter().any(headless) {
+        // A file of which neither header can be read is named itself: nobody knows which segment it is.
+        places.push(Lsn(0));
+    }
     Ok(Expected::Named(places))
 }
 

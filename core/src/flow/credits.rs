@@ -162,7 +162,6 @@ impl Shard {
     fn give_recalled(&mut self, function: FunctionId) {
         let lane = &mut self.lanes[function.0 as usize];
         let given = lane.share.give_idle(lane.share.owed, lane.in_flight);
-        lane.share.owed -= given;
         self.return_credits(function, given);
     }
 

@@ -275,10 +275,11 @@ impl Share {
             .saturating_sub(in_flight.saturating_sub(self.adopted))
     }
 
-    /// Takes up to `count` idle credits out of the share.
+    /// Takes up to `count` idle credits out of the share. What goes back, for whatever reason, is not owed any more.
     pub fn give_idle(&mut self, count: u32, in_flight: u32) -> u32 {
         let given = count.min(self.idle(in_flight));
         self.held -= given;
+        self.owed = self.owed.saturating_sub(given);
         self.idle_min = self.idle_min.min(self.idle(in_flight));
         given
     }
@@ -299,6 +300,20 @@ mod tests {
             ledger.report(shard, 0);
         }
         ledger
+    }
+
+    #[test]
+    fn a_credit_that_goes_back_because_it_was_idle_is_owed_no_more() {
+        let mut share = Share {
+            held: 2,
+            owed: 1,
+            idle_min: 2,
+            ..Share::default()
+        };
+        assert_eq!(share.give_idle(5, 1), 1, "one is in use");
+        assert_eq!((share.held, share.owed), (1, 0));
+        assert_eq!(share.give_idle(5, 0), 1);
+        assert_eq!((share.held, share.owed, share.idle_min), (0, 0, 0));
     }
 
     #[test]
