@@ -129,14 +129,7 @@ fn a_waiting_task_takes_64_bytes_and_what_it_has_beyond_a_plain_one_adds_so_much
         // The name's entry, half of whose places are empty, and its place in the order of forgetting.
         (Kind::Named, 200.0),
     ] {
-        let mut growth = Growth::new();
-        growth.batch(kind);
-        let before = LIVE.get();
-        let batches = 4_096;
-        for _ in 0..batches {
-            growth.batch(kind);
-        }
-        let bytes = (LIVE.get() - before) as f64 / (batches * BATCH_TASKS) as f64;
+        let bytes = Growth::new().bytes_per_task(kind);
         assert!(bytes <= bytes_max, "{kind:?}: {bytes} bytes a task");
     }
 }
@@ -152,13 +145,7 @@ fn beyond_the_open_pages_a_waiting_task_takes_a_byte_and_a_delayed_one_less_than
             task_pages_max: 2,
             ..Options::default()
         });
-        growth.batch(kind);
-        let before = LIVE.get();
-        let batches = 4_096;
-        for _ in 0..batches {
-            growth.batch(kind);
-        }
-        let bytes = (LIVE.get() - before) as f64 / (batches * BATCH_TASKS) as f64;
+        let bytes = growth.bytes_per_task(kind);
         assert!(bytes <= bytes_max, "{kind:?}: {bytes} bytes a task");
         growth.shard.audit();
     }
@@ -240,6 +227,17 @@ impl Growth {
             .function_id(growth.tenant, "digest")
             .expect("it came with its tenant");
         growth
+    }
+
+    /// What many tasks of a kind add to what the shard holds in memory.
+    fn bytes_per_task(&mut self, kind: Kind) -> f64 {
+        self.batch(kind);
+        let before = LIVE.get();
+        let batches = 4_096;
+        for _ in 0..batches {
+            self.batch(kind);
+        }
+        (LIVE.get() - before) as f64 / (batches * BATCH_TASKS) as f64
     }
 
     /// One step that accepts a batch and commits the one before.
